@@ -1,0 +1,325 @@
+"""Configuration: frozen dataclasses hold every default; a preset, then flags, override them.
+
+A field is a flag: ``num_sampling_steps`` is ``--num-sampling-steps``. ``aliases`` keep the flags
+of the published scripts working. Unknown keys are errors.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
+
+import yaml
+
+from harmonica.cache import MASKS
+from harmonica.diffusion import TRAIN_STEPS
+from harmonica.errors import HarmonicaError
+from harmonica.objective import ESTIMATORS, FORMS
+from harmonica.samplers import SAMPLERS
+from models import MODELS
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    many: bool = False,
+) -> Any:
+    """A dataclass field with its flag: help, further names, and the values it may take."""
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata={**metadata, "many": many})
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The model that is made faster, and how it is sampled."""
+
+    model: str = option("DiT-Ti/4", "model of the zoo")
+    image_size: int | None = option(None, "image side in pixels; default: the model's", low=1)
+    num_classes: int | None = option(None, "classes; default: the model's", low=1)
+    ckpt: Path | None = option(
+        None,
+        "weights (.pt or .safetensors); default: bundled or downloaded",
+        aliases=("--weights",),
+    )
+    vae: str = option("ema", "decoder of latent models: ema, mse or a path")
+    sampler: str = option("ddim", "sampler", choices=SAMPLERS)
+    eta: float = option(0.0, "DDIM: 0 deterministic to 1 ancestral", low=0, high=1)
+    num_sampling_steps: int = option(20, "T, model evaluations per image", low=2, high=TRAIN_STEPS)
+    cfg_scale: float = option(1.5, "classifier-free guidance; 1 runs no unconditional half", low=0)
+    guide_all_channels: bool = option(
+        False, "guide every latent channel; published DiT guides three of four"
+    )
+    mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
+
+
+@dataclass(frozen=True)
+class TrainConfig(BackboneConfig):
+    """Router training."""
+
+    results_dir: Path = option(Path("results"), "parent folder of numbered run directories")
+    epochs: int | None = option(None, "trajectories to train on; default: until --max-steps", low=1)
+    max_steps: int | None = option(None, "router updates; default: until --epochs", low=1)
+    global_batch_size: int = option(
+        16, "model rows per forward over all processes; guidance takes two rows a sample", low=1
+    )
+    global_seed: int = option(
+        0, "seed of initial scores, noise and labels", low=0, aliases=("--seed",)
+    )
+    lr: float = option(0.01, "AdamW learning rate of the logits", low=0)
+    adam_eps: float = option(1e-8, "AdamW epsilon; compare it with the gradients", low=0)
+    l1: float | None = option(
+        None, "beta, price of a computed branch; default 7e-8, or set by the target", low=0
+    )
+    target_cur: float | None = option(
+        None, "adjust beta to this share of reused branches and export exactly that", low=0, high=1
+    )
+    target_speedup: float | None = option(None, "likewise, for a theoretical speed-up", low=1)
+    threshold: float = option(
+        0.1, "score above which a branch is computed", aliases=("--ste-threshold",), low=0, high=1
+    )
+    mask: str = option("soft", "how scores act in the student", choices=MASKS)
+    stores_fresh: bool = option(
+        False, "cache what was computed, as replay does, rather than the blend"
+    )
+    init_mean: float = option(0.0, "mean of the initial logits", low=-5, high=5)
+    init_std: float = option(1.0, "standard deviation of the initial logits", low=0)
+    lambda_c: int = option(500, "updates between refreshes of the image-error weights", low=1)
+    lambda_estimator: str = option(
+        "leave-one-out", "how they are estimated", choices=tuple(ESTIMATORS)
+    )
+    lambda_batch_size: int | None = option(
+        None, "model rows of a refresh over all processes; default: the batch size", low=1
+    )
+    lambda_form: str = option("sensitivity", "how they enter the loss", choices=FORMS)
+    log_every: int = option(100, "updates between lines of metrics.jsonl", low=1)
+    ckpt_every: int = option(1000, "updates between checkpoints", low=1)
+    wandb: bool = option(False, "report to Weights & Biases")
+    num_workers: int = option(
+        0, "accepted for compatibility; training reads no images", aliases=("--num-works",), low=0
+    )
+
+
+@dataclass(frozen=True)
+class SampleConfig(BackboneConfig):
+    """Sampling with and without a router."""
+
+    path: Path | None = option(
+        None, "router file, published .pt, schedule JSON, or run directory", aliases=("--router",)
+    )
+    threshold: float | None = option(
+        None,
+        "make the schedule from the scores; default: the exported one",
+        aliases=("--thres",),
+        low=0,
+        high=1,
+    )
+    accelerate_method: str | None = option(
+        None, "dynamiclayer is the published name of replay", choices=("dynamiclayer",)
+    )
+    ddim_sample: bool = option(False, "the published way to say --sampler ddim")
+    classes: tuple[int, ...] | None = option(None, "class of every image", many=True)
+    num_images: int | None = option(
+        None,
+        "images, classes drawn from the seed; default: one per class, at most 16",
+        aliases=("--num-samples",),
+        low=1,
+    )
+    seed: int = option(0, "seed of noise and labels", aliases=("--global-seed",), low=0)
+    batch_size: int = option(64, "images per forward", low=1)
+    out: Path = option(Path("samples"), "folder for pictures and the report")
+    compare: bool = option(False, "also sample without the router and draw both rows")
+    repeats: int = option(3, "timed repetitions after one warm-up", low=1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(BackboneConfig):
+    """Comparison of schedules on the same seeds."""
+
+    paths: tuple[Path, ...] | None = option(
+        None, "router files, schedules or run directories", aliases=("--path",), many=True
+    )
+    threshold: float | None = option(
+        None,
+        "make schedules from the scores; default: the exported ones",
+        aliases=("--thres",),
+        low=0,
+        high=1,
+    )
+    random_schedules: int = option(5, "random schedules per CUR", low=0)
+    num_images: int = option(512, "seeds", aliases=("--num-samples",), low=1)
+    seed: int = option(1_000_000, "seed of noise and labels, apart from training's", low=0)
+    batch_size: int = option(64, "images per forward", low=1)
+    out: Path = option(Path("evaluation"), "folder for the report")
+
+
+Config = TypeVar("Config", bound=BackboneConfig)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _types_of(spec: Any) -> tuple[type, ...]:
+    return tuple(kind for kind in (get_args(spec.type) or (spec.type,)) if kind is not type(None))
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that refuses in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HarmonicaError(f"{message}; see --help")
+
+
+def build_parser(cls: type[BackboneConfig], description: str) -> CommandParser:
+    """A parser with one flag per field and no default of its own."""
+    parser = CommandParser(
+        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, help="YAML preset; flags override it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    for spec in fields(cls):
+        names = (flag_of(spec.name), *spec.metadata["aliases"])
+        kind = _types_of(spec)[0]
+        shown = spec.metadata["help"]
+        if spec.default not in (None, False):
+            shown += f" (default: {spec.default})"
+        if kind is bool:
+            parser.add_argument(
+                *names, dest=spec.name, action=argparse.BooleanOptionalAction, help=shown
+            )
+        elif spec.metadata["many"]:
+            item = get_args(kind)[0]
+            parser.add_argument(*names, dest=spec.name, type=item, nargs="+", help=shown)
+        else:
+            parser.add_argument(*names, dest=spec.name, type=kind, help=shown)
+    return parser
+
+
+def _from_yaml(spec: Any, value: Any, path: Path) -> Any:
+    """A preset's value in the type of its field."""
+    kind = _types_of(spec)[0]
+    if value is None and type(None) in get_args(spec.type):
+        return None
+    if spec.metadata["many"] and isinstance(value, list):
+        item = get_args(kind)[0]
+        if all(type(v) is (str if item is Path else item) for v in value):
+            return tuple(item(v) for v in value)
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 7e-8 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    raise HarmonicaError(
+        f"--config {path}: {spec.name} = {value!r} is not a {kind.__name__}; correct the preset"
+    )
+
+
+def read_preset(cls: type[Config], path: Path) -> dict[str, Any]:
+    """The fields that a YAML preset sets.
+
+    Raises:
+        HarmonicaError: unreadable, unknown keys, or values of the wrong type.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).split("\n")[0]
+        raise HarmonicaError(f"--config {path} cannot be read ({reason}); check the file") from None
+    if not isinstance(content, dict):
+        raise HarmonicaError(f"--config {path} is not a mapping of options; check the file")
+    known = {spec.name: spec for spec in fields(cls)}
+    unknown = sorted(str(key) for key in content if key not in known)
+    if unknown:
+        raise HarmonicaError(
+            f"--config {path} sets {', '.join(unknown)}, which this command does not know; "
+            "remove it or correct its spelling"
+        )
+    return {key: _from_yaml(known[key], value, path) for key, value in content.items()}
+
+
+def validate(config: BackboneConfig) -> None:
+    """Refuse values that cannot work, naming the flag and the remedy."""
+    if config.model not in MODELS:
+        raise HarmonicaError(
+            f"--model {config.model} is unknown; use one of {', '.join(sorted(MODELS))}"
+        )
+    for spec in fields(config):
+        value, flag, rule = getattr(config, spec.name), flag_of(spec.name), spec.metadata
+        if rule["choices"] and value is not None and value not in rule["choices"]:
+            raise HarmonicaError(
+                f"{flag} {value} is unknown; use one of {', '.join(rule['choices'])}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise HarmonicaError(f"{flag} {value} is not a finite number; pass one")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = rule["low"], rule["high"]
+            if (low is not None and value < low) or (high is not None and value > high):
+                allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise HarmonicaError(f"{flag} {value} is out of range; use a value {allowed}")
+    factor = MODELS[config.model].latent_factor
+    if config.image_size is not None and config.image_size % factor:
+        raise HarmonicaError(
+            f"--image-size {config.image_size} is not divisible by the latent factor {factor}; "
+            f"use {max(1, config.image_size // factor) * factor}"
+        )
+    patch = MODELS[config.model].config.patch_size
+    if config.image_size is not None and config.image_size // factor % patch:
+        raise HarmonicaError(
+            f"--image-size {config.image_size} gives a latent of {config.image_size // factor}, "
+            f"which the patches of {config.model} do not tile; use a multiple of {factor * patch}"
+        )
+
+
+def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
+    """Defaults, then the preset, then the flags; validated."""
+    given = dict(vars(arguments))
+    given.pop("dry_run", None)
+    preset = given.pop("config", None)
+    values = read_preset(cls, preset) if preset is not None else {}
+    values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    config = cls(**values)
+    validate(config)
+    return config
+
+
+def parse(cls: type[Config], description: str) -> Config:
+    """The configuration of a command line; ``--dry-run`` prints it and ends the program."""
+    arguments = build_parser(cls, description).parse_args()
+    config = resolve(cls, arguments)
+    if getattr(arguments, "dry_run", False):
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def to_yaml(config: BackboneConfig) -> str:
+    """The configuration as a preset that gives it back."""
+    values = {}
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        assert spec.default is not MISSING
+        values[spec.name] = (
+            str(value)
+            if isinstance(value, Path)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
+    return yaml.safe_dump(values, sort_keys=False)

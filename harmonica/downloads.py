@@ -1,0 +1,109 @@
+"""Published checkpoints: fetched once, resumed when interrupted, verified, kept by hash."""
+
+import os
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from harmonica.errors import HarmonicaError
+from harmonica.files import sha256, write_atomically
+from models import WeightSource
+
+CACHE = Path("checkpoints")
+BLOCK = 1 << 20
+TIMEOUT_S = 30
+
+
+def _announced_hash(response: requests.Response) -> str | None:
+    """The sha256 that the Hub announces for large files, if this is one."""
+    for hop in (*response.history, response):
+        tag = hop.headers.get("X-Linked-ETag", "").strip('"')
+        if len(tag) == 64:
+            return tag
+    return None
+
+
+def _download(url: str, partial: Path) -> str | None:
+    """Complete ``partial`` from ``url``; returns the announced sha256, if any."""
+    have = partial.stat().st_size if partial.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+        if have and response.status_code == 416:  # nothing is left to fetch
+            return _announced_hash(response)
+        response.raise_for_status()
+        resumed = response.status_code == 206
+        if not resumed:
+            have = 0
+        total = have + int(response.headers.get("Content-Length", 0))
+        with (
+            partial.open("ab" if resumed else "wb") as file,
+            tqdm(
+                total=total or None, initial=have, unit="B", unit_scale=True, desc=partial.stem
+            ) as bar,
+        ):
+            for block in response.iter_content(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+        if total and partial.stat().st_size < total:
+            raise requests.ConnectionError("the connection closed early")
+        return _announced_hash(response)
+
+
+def fetch(source: WeightSource, folder: Path | None = None) -> Path:
+    """The file in ``checkpoints/``, downloaded if absent.
+
+    A partial file is kept and resumed, separately per address. The sha256 is compared with the one
+    that the server announces and stored beside the file, for :func:`verify` at every later use.
+
+    Raises:
+        HarmonicaError: no address answers, or what came is not the file.
+    """
+    folder = CACHE if folder is None else folder
+    path = folder / source.file
+    if path.is_file():
+        return path
+    reasons = []
+    for number, url in enumerate(source.urls):
+        partial = folder / f".{source.file}.{number}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            announced = _download(url, partial)
+        except (requests.RequestException, OSError) as error:
+            reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
+            continue
+        digest = sha256(partial)
+        if partial.stat().st_size < source.size or announced not in (None, digest):
+            partial.unlink()
+            reasons.append(f"{url.split('/')[2]}: not the expected file")
+            continue
+        write_atomically(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n".encode())
+        os.replace(partial, path)
+        return path
+    raise HarmonicaError(
+        f"{source.file} is not in {folder} and could not be fetched ({'; '.join(reasons)}); run "
+        "download.py where there is a network, or copy the file there"
+    )
+
+
+def verify(path: Path) -> str:
+    """sha256 of a file, compared with the one stored when it was fetched, if it was."""
+    digest, record = sha256(path), path.with_name(path.name + ".sha256")
+    if record.is_file() and record.read_text().split()[:1] != [digest]:
+        raise HarmonicaError(
+            f"{path} has changed since it was fetched; delete it and fetch it again"
+        )
+    return digest
+
+
+def state(source: WeightSource | Path, folder: Path) -> str:
+    """Where a checkpoint stands: bundled, in the folder, partly fetched, or not fetched."""
+    if isinstance(source, Path):
+        return f"bundled, {source.stat().st_size / 1e6:.1f} MB"
+    path = folder / source.file
+    if path.is_file():
+        return f"{path}, {path.stat().st_size / 1e6:.1f} MB"
+    partial = sum(part.stat().st_size for part in folder.glob(f".{source.file}.*.part"))
+    if partial:
+        return f"partly fetched, {partial / 1e6:.1f} MB; repeat the command to resume"
+    return "not fetched"

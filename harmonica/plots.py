@@ -1,0 +1,117 @@
+"""Pictures of a run: router heat map, lambda curve, image grids."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from harmonica.files import write_atomically
+from harmonica.schedule import Schedule
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    write_atomically(path, buffer.getvalue())
+
+
+def _branch_rows(names: tuple[str, ...]) -> list[list[int]]:
+    """Branch indices by kind: all attention branches, then all MLPs, ..."""
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    return [[i for i, n in enumerate(names) if n.rsplit(".", 1)[-1] == kind] for kind in kinds]
+
+
+def router_heatmap(path: Path, scores: np.ndarray, schedule: Schedule, title: str) -> None:
+    """Scores (T, N) in [0, 1], one panel per kind of branch; a dot marks what is computed."""
+    groups = _branch_rows(schedule.costs.names)
+    figure = Figure((1.5 + 4.2 * len(groups), 1.2 + 0.22 * len(scores)), layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)
+    for axis, group in zip(axes[0], groups, strict=True):
+        image = axis.imshow(scores[:, group], vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        steps, columns = np.nonzero(schedule.compute[:, group])
+        axis.scatter(columns, steps, s=6, c="white", edgecolors="black", linewidths=0.4)
+        axis.set_title(schedule.costs.names[group[0]].rsplit(".", 1)[-1])
+        axis.set_xlabel("block")
+        axis.set_ylabel("step, in sampling order")
+    figure.colorbar(image, ax=axes[0].tolist(), label="score (dot: computed)")
+    figure.suptitle(
+        f"{title}\nCUR {schedule.cur:.1%}, theoretical speed-up {schedule.theoretical_speedup:.2f}x"
+    )
+    _save(figure, path)
+
+
+def lambda_curve(path: Path, refreshes: list[tuple[int, list[float]]]) -> None:
+    """Image-error weights per step; ``refreshes`` are (update, weights (T,)), oldest first."""
+    figure = Figure((7, 4), layout="constrained")
+    axis = figure.subplots()
+    shades = colormaps["viridis"](np.linspace(0.15, 0.95, len(refreshes)))
+    for (update, weights), color in zip(refreshes, shades, strict=True):
+        edge = update in (refreshes[0][0], refreshes[-1][0])
+        axis.plot(
+            range(1, len(weights)),
+            weights[1:],
+            color=color,
+            linewidth=2 if edge else 0.8,
+            label=f"update {update}" if edge else None,
+        )
+    axis.set_yscale("log")
+    axis.set_xlabel("step, in sampling order")
+    axis.set_ylabel("image-error weight lambda")
+    axis.legend()
+    _save(figure, path)
+
+
+def image_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Images (n, 3, H, W) in [0, 1] row by row; small ones are enlarged to be seen."""
+    scale = max(1, 96 // images.shape[-1])
+    grid = make_grid(images, nrow=columns, padding=1, pad_value=1.0)
+    picture = to_pil_image(grid)
+    picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def comparison(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
+    """Same seeds side by side: one labelled row of images (n, 3, H, W) per entry.
+
+    With exactly two rows a third shows their absolute difference, five times enlarged.
+    """
+    shown = {name: images[:columns] for name, images in rows.items()}
+    if len(shown) == 2:
+        first, second = shown.values()
+        shown["difference x5"] = ((first - second).abs() * 5).clamp(0, 1)
+    count = len(next(iter(shown.values())))
+    figure = Figure((1.0 + 1.0 * count, 0.2 + 1.25 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), 1, squeeze=False)
+    for axis, (name, images) in zip(axes[:, 0], shown.items(), strict=True):
+        grid = make_grid(images, nrow=count, padding=1, pad_value=1.0)
+        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.axis("off")
+    _save(figure, path)
+
+
+def error_plot(path: Path, points: dict[str, tuple[float, float]]) -> None:
+    """Image error against theoretical speed-up; ``points`` are name -> (speed-up, error)."""
+    figure = Figure((8, 5), layout="constrained")
+    axis = figure.subplots()
+    kinds = {"router": ("o", "tab:blue"), "evenly": ("s", "tab:orange"), "random": ("x", "0.5")}
+    seen = set()
+    for name, (speedup, error) in points.items():
+        kind = next((k for k in kinds if name.startswith(k)), "router")
+        marker, color = kinds[kind]
+        label = None if kind in seen else {"evenly": "evenly spaced steps"}.get(kind, kind)
+        seen.add(kind)
+        axis.scatter([speedup], [error], marker=marker, color=color, label=label)
+    axis.set_yscale("log")
+    axis.set_xlabel("theoretical speed-up")
+    axis.set_ylabel("mean squared error against uncached images")
+    axis.grid(True, which="both", alpha=0.3)
+    axis.legend()
+    _save(figure, path)

@@ -1,0 +1,246 @@
+"""What sample.py does: images, pictures, honest timing, and the table that sums it up."""
+
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from harmonica.backbone import Backbone, load_backbone, load_decoder
+from harmonica.config import SampleConfig
+from harmonica.errors import HarmonicaError
+from harmonica.files import write_atomically
+from harmonica.plots import comparison, image_grid
+from harmonica.randomness import Draws
+from harmonica.router import load_router
+from harmonica.sampling import replay, sample, trajectories
+from harmonica.schedule import Schedule
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class ImageError:
+    """Distance of images to those of the same seeds without the cache.
+
+    ``mse`` is on the model's own scale, latents or pixels in [-1, 1]; ``psnr`` is on images in
+    [0, 1], the mean over images in dB.
+    """
+
+    mse_mean: float
+    mse_median: float
+    psnr: float
+
+    @classmethod
+    def between(
+        cls, latents: Tensor, reference: Tensor, images: Tensor, reference_images: Tensor
+    ) -> "ImageError":
+        errors = (latents - reference).square().flatten(1).mean(1)
+        pixel = (images - reference_images).square().flatten(1).mean(1).clamp(min=1e-12)
+        return cls(
+            errors.mean().item(), errors.median().item(), (-10 * pixel.log10()).mean().item()
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per batch over repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} s ({self.low:.3f} to {self.high:.3f})"
+
+
+def timed(
+    runs: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, Timing]:
+    """Time several functions in turn, so that a busy moment hits them alike; one warm-up each."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for run in runs.values():
+        seconds(run)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            taken[name].append(seconds(run))
+    return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
+
+
+def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor | None]:
+    """Number of images and their labels; None draws them from the seed."""
+    num_classes = backbone.model.config.num_classes
+    if config.classes is None:
+        if config.num_images is not None:
+            return config.num_images, None
+        count = min(num_classes, 16)
+        return count, torch.arange(count)
+    wrong = [label for label in config.classes if not 0 <= label < num_classes]
+    if wrong:
+        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {num_classes - 1}")
+    labels = torch.tensor(config.classes)
+    if config.num_images is None:
+        return len(labels), labels
+    return config.num_images, labels.repeat(-(-config.num_images // len(labels)))[
+        : config.num_images
+    ]
+
+
+def load_schedule(path: Path, threshold: float | None, backbone: Backbone) -> Schedule:
+    """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
+
+    Raises:
+        HarmonicaError: it does not.
+    """
+    if path.suffix == ".json":
+        schedule = Schedule.load(path)
+        steps = len(backbone.sampler.timesteps)
+        if (schedule.num_steps, schedule.costs.names) != (steps, backbone.costs.names):
+            raise HarmonicaError(
+                f"--path {path} is a schedule of {schedule.num_steps} steps and "
+                f"{len(schedule.costs.names)} branches, which does not fit --model "
+                f"{backbone.name} with --num-sampling-steps {steps}; pass the matching one"
+            )
+        return replace(schedule, costs=backbone.costs)
+    router = load_router(path)
+    router.check(backbone.model, backbone.router_info())
+    return router.to_schedule(backbone.costs, threshold)
+
+
+def save_images(folder: Path, images: Tensor) -> None:
+    """``000000.png`` ... in sample order."""
+    for i, image in enumerate(images):
+        buffer = io.BytesIO()
+        to_pil_image(image).save(buffer, format="PNG")
+        write_atomically(folder / f"{i:06d}.png", buffer.getvalue())
+
+
+def sample_and_report(config: SampleConfig) -> str:
+    """Sample, write pictures and ``report.json`` into ``config.out``; returns the printed table.
+
+    Raises:
+        HarmonicaError: bad input, or a folder that already holds files of another kind.
+    """
+    if config.ddim_sample:
+        config = replace(config, sampler="ddim")
+    if config.path is None and (config.compare or config.threshold or config.accelerate_method):
+        raise HarmonicaError(
+            "--compare, --threshold and --accelerate-method replay a router; name it with --path"
+        )
+    check_output(config.out, REPORT)
+    device = select_device()
+    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+    backbone = load_backbone(config, device)
+    schedule = None
+    if config.path is not None:
+        schedule = load_schedule(config.path, config.threshold, backbone)
+    count, labels = choose_labels(config, backbone)
+    decode = load_decoder(config, device)
+    draws, indices = Draws(config.seed, "sample"), range(count)
+
+    choices: dict[str, Schedule | None] = {}
+    if schedule is None or config.compare:
+        choices["uncached"] = None
+    if schedule is not None:
+        choices["with router"] = schedule
+    with torch.autocast(device.type, precision, enabled=precision is not None):
+        latents = {
+            name: sample(backbone, choice, draws, indices, labels, config.batch_size, name)
+            for name, choice in choices.items()
+        }
+        part = slice(0, config.batch_size)
+        with torch.inference_mode():
+            batch = trajectories(
+                backbone, draws, indices[part], None if labels is None else labels[part]
+            )
+            times = timed(
+                {n: lambda c=c: replay(batch, c) for n, c in choices.items()},
+                config.repeats,
+                device,
+            )
+    images = {name: decode(x) for name, x in latents.items()}
+
+    pictures = []
+    for name, shown in images.items():
+        folder = config.out / name.replace(" ", "_")
+        save_images(folder, shown)
+        pictures.append(config.out / f"{folder.name}.png")
+        image_grid(pictures[-1], shown, columns=min(len(shown), 10))
+    if len(images) > 1:
+        pictures.append(config.out / "comparison.png")
+        comparison(pictures[-1], images)
+    error = None
+    if len(images) > 1:
+        error = ImageError.between(
+            latents["with router"], latents["uncached"], images["with router"], images["uncached"]
+        )
+    write_atomically(
+        config.out / REPORT,
+        json.dumps(_record(config, backbone, schedule, times, error), indent=1).encode(),
+    )
+    lines = _table(schedule, times, error, len(batch.y))
+    return "\n".join([*lines, "pictures:", *(f"  {path}" for path in pictures)])
+
+
+def select_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_output(out: Path, report: str) -> None:
+    """Refuse a folder whose files are not an earlier run's of the same command."""
+    if out.exists() and not out.is_dir():
+        raise HarmonicaError(f"--out {out} is a file; pass a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / report).exists():
+        raise HarmonicaError(
+            f"--out {out} holds files but no {report} of an earlier run; pass another folder"
+        )
+
+
+def _record(
+    config: SampleConfig,
+    backbone: Backbone,
+    schedule: Schedule | None,
+    times: dict[str, Timing],
+    error: ImageError | None,
+) -> dict:
+    return {
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()},
+        "weights_hash": backbone.weights_hash,
+        "schedule": None if schedule is None else schedule.to_dict(),
+        "seconds_per_batch": {name: vars(timing) for name, timing in times.items()},
+        "image_error": None if error is None else vars(error),
+    }
+
+
+def _table(
+    schedule: Schedule | None, times: dict[str, Timing], error: ImageError | None, rows: int
+) -> list[str]:
+    lines = [f"{'time of ' + name + f', batch of {rows}':38} {t}" for name, t in times.items()]
+    if schedule is not None:
+        lines += [
+            f"{'cache-utilisation ratio (CUR)':38} {schedule.cur:.1%}",
+            f"{'theoretical speed-up (MACs)':38} {schedule.theoretical_speedup:.2f}x",
+        ]
+    if len(times) == 2:
+        ratio = times["uncached"].median / times["with router"].median
+        lines.append(f"{'measured speed-up':38} {ratio:.2f}x")
+    if error is not None:
+        lines += [
+            f"{'image error, MSE mean / median':38} {error.mse_mean:.5f} / {error.mse_median:.5f}",
+            f"{'image error, PSNR':38} {error.psnr:.1f} dB",
+        ]
+    return lines

@@ -1,0 +1,297 @@
+"""Router: learnable scores per (step, branch) that become a Schedule; and the router file."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from harmonica import __version__
+from harmonica.errors import HarmonicaError
+from harmonica.files import (
+    existing_file,
+    is_safetensors,
+    read_safetensors,
+    read_torch,
+    write_atomically,
+)
+from harmonica.flops import Costs
+from harmonica.schedule import Schedule
+
+FORMAT = 1
+LOGIT_BOUND = 5.0
+
+
+class Router(nn.Module):
+    """Scores r = sigmoid(logit) of computing a branch at a step.
+
+    Row 0, the first step, is not a parameter: it always computes. Every other row is a parameter
+    of its own, so that each has its own optimiser state.
+    """
+
+    def __init__(self, logits: Tensor):
+        """``logits``: (T, N); row 0 is ignored."""
+        super().__init__()
+        self.rows = nn.ParameterList(row.clone() for row in logits[1:].float())
+
+    @classmethod
+    def initial(
+        cls, num_steps: int, num_branches: int, seed: int, mean: float = 0.0, std: float = 1.0
+    ) -> "Router":
+        """Normally distributed logits; mean 0 and deviation 1 is the published start."""
+        generator = torch.Generator().manual_seed(seed)
+        logits = mean + std * torch.randn(num_steps, num_branches, generator=generator)
+        return cls(logits.clamp(-LOGIT_BOUND, LOGIT_BOUND))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.rows) + 1
+
+    def row(self, s: int) -> Tensor:
+        """Logits (N,) of step s >= 1."""
+        return self.rows[s - 1]
+
+    def logits(self) -> Tensor:
+        """(T, N), detached, row 0 at the upper bound."""
+        rows = torch.stack([row.detach() for row in self.rows])
+        return torch.cat([torch.full_like(rows[:1], LOGIT_BOUND), rows])
+
+    def clamp(self, s: int) -> None:
+        """Keep the logits of a row in the published range."""
+        with torch.no_grad():
+            self.row(s).clamp_(-LOGIT_BOUND, LOGIT_BOUND)
+
+
+def threshold_schedule(logits: Tensor, costs: Costs, threshold: float) -> Schedule:
+    """Compute where the score is above the threshold (and at the first step)."""
+    compute = (logits.float().sigmoid() > threshold).cpu().numpy()
+    compute[0] = True
+    return Schedule(compute, costs)
+
+
+def _reuse_order(logits: Tensor) -> list[tuple[int, int]]:
+    """(step, branch) from the lowest score to the highest, the first step left out."""
+    table = logits.detach().float().cpu().numpy()[1:]
+    flat = np.argsort(table, axis=None, kind="stable")
+    return [(int(i // table.shape[1]) + 1, int(i % table.shape[1])) for i in flat]
+
+
+def cur_schedule(logits: Tensor, costs: Costs, target: float) -> Schedule:
+    """Reuse the lowest-scored branches until the share of reused ones is ``target``.
+
+    Exact to the nearest branch.
+
+    Raises:
+        HarmonicaError: more than everything after the first step would have to be reused.
+    """
+    num_steps, num_branches = logits.shape
+    count = round(target * num_steps * num_branches)
+    order = _reuse_order(logits)
+    if not 0 <= count <= len(order):
+        raise HarmonicaError(
+            f"--target-cur {target} is out of reach: with {num_steps} steps at most "
+            f"{len(order) / (num_steps * num_branches):.3f} can be reused; lower it or add steps"
+        )
+    compute = np.ones((num_steps, num_branches), dtype=bool)
+    for s, i in order[:count]:
+        compute[s, i] = False
+    return Schedule(compute, costs)
+
+
+def speedup_schedule(logits: Tensor, costs: Costs, target: float) -> Schedule:
+    """Reuse the lowest-scored branches until the theoretical speed-up is at least ``target``.
+
+    Raises:
+        HarmonicaError: even reusing everything after the first step is not enough.
+    """
+    num_steps, num_branches = logits.shape
+    budget = num_steps * costs.total / target
+    macs = num_steps * costs.total
+    compute = np.ones((num_steps, num_branches), dtype=bool)
+    for s, i in _reuse_order(logits):
+        if macs <= budget:
+            break
+        compute[s, i] = False
+        macs -= costs.macs[i]
+    if macs > budget:
+        raise HarmonicaError(
+            f"--target-speedup {target} is out of reach: with {num_steps} steps at most "
+            f"{num_steps * costs.total / macs:.2f} is possible; lower it or add steps"
+        )
+    return Schedule(compute, costs)
+
+
+@dataclass(frozen=True)
+class RouterInfo:
+    """What a router was trained for. None: the file does not say (published layouts)."""
+
+    model: str | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    sampler: str | None = None
+    num_sampling_steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
+    cfg_scale: float | None = None
+    threshold: float | None = None
+    weights_hash: str | None = None
+    hyperparameters: dict = field(default_factory=dict)
+    source: str = "harmonica"
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class RouterFile:
+    """A trained router: its scores, the schedule it was exported with, and where it came from.
+
+    ``schedule`` is None for published files, which hold scores alone.
+    """
+
+    logits: Tensor  # (T, N), sampling order
+    info: RouterInfo
+    schedule: Schedule | None = None
+
+    def check(self, model: nn.Module, expected: RouterInfo) -> None:
+        """Refuse a router that was made for something else.
+
+        Raises:
+            HarmonicaError: one sentence saying what does not fit.
+        """
+        if self.logits.shape[1] != len(model.branch_names):
+            raise HarmonicaError(
+                f"the router has {self.logits.shape[1]} branches and --model {expected.model} has "
+                f"{len(model.branch_names)}; use the model that the router was trained on"
+            )
+        flags = {
+            "model": "--model",
+            "image_size": "--image-size",
+            "num_classes": "--num-classes",
+            "sampler": "--sampler",
+            "num_sampling_steps": "--num-sampling-steps",
+        }
+        for name, flag in flags.items():
+            mine, theirs = getattr(self.info, name), getattr(expected, name)
+            if mine is not None and mine != theirs:
+                raise HarmonicaError(
+                    f"the router was trained with {flag} {mine}, not {theirs}; pass {flag} {mine} "
+                    "or another router"
+                )
+        if len(self.logits) != expected.num_sampling_steps:
+            raise HarmonicaError(
+                f"the router has {len(self.logits)} steps, not {expected.num_sampling_steps}; "
+                f"pass --num-sampling-steps {len(self.logits)} or another router"
+            )
+
+    def to_schedule(self, costs: Costs, threshold: float | None = None) -> Schedule:
+        """The exported schedule, or one made by ``threshold`` (default: the file's own, or 0.1)."""
+        if threshold is None and self.schedule is not None:
+            return replace(self.schedule, costs=costs)
+        if threshold is None:
+            threshold = 0.1 if self.info.threshold is None else self.info.threshold
+        return threshold_schedule(self.logits, costs, threshold)
+
+
+def _content_hash(logits: Tensor, schedule: str, info: str) -> str:
+    digest = hashlib.sha256(logits.contiguous().numpy().tobytes())
+    digest.update(schedule.encode())
+    digest.update(info.encode())
+    return digest.hexdigest()
+
+
+def save_router(path: Path, router: RouterFile) -> None:
+    """Write a router file: safetensors, everything else in its metadata."""
+    logits = router.logits.detach().float().cpu().contiguous()
+    info = json.dumps(asdict(router.info), sort_keys=True)
+    schedule = "" if router.schedule is None else json.dumps(router.schedule.to_dict())
+    metadata = {
+        "format": f"harmonica-router-{FORMAT}",
+        "info": info,
+        "schedule": schedule,
+        "content_hash": _content_hash(logits, schedule, info),
+    }
+    write_atomically(path, safetensors_bytes({"logits": logits}, metadata))
+
+
+def _load_own(path: Path) -> RouterFile:
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != f"harmonica-router-{FORMAT}" or set(tensors) != {"logits"}:
+        raise HarmonicaError(
+            f"{path} is not a router file of format {FORMAT}; pass one that train_router.py wrote"
+        )
+    logits, info, schedule = (
+        tensors["logits"],
+        metadata.get("info", ""),
+        metadata.get("schedule", ""),
+    )
+    if metadata.get("content_hash") != _content_hash(logits, schedule, info):
+        raise HarmonicaError(f"{path} does not match its content hash; fetch or export it again")
+    try:
+        fields = json.loads(info)
+        if fields["timesteps"] is not None:
+            fields["timesteps"] = tuple(fields["timesteps"])
+        record = RouterInfo(**fields)
+        table = Schedule.from_dict(json.loads(schedule)) if schedule else None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise HarmonicaError(f"{path} has malformed metadata ({error}); export it again") from None
+    return RouterFile(logits, record, table)
+
+
+def _load_published(path: Path) -> RouterFile:
+    """Both layouts of the released code. Their row i is the respaced index: 0 is the last step."""
+    content = read_torch(path)
+    arguments = None
+    if isinstance(content, dict) and "routers" in content:
+        arguments, content = content.get("args"), content["routers"]
+    if not isinstance(content, dict) or not content:
+        raise HarmonicaError(f"{path} holds no router; pass a file that train_router.py wrote")
+    rows = [content.get(f"{i}.prob") for i in range(len(content))]
+    if (
+        not all(isinstance(row, Tensor) and row.is_floating_point() for row in rows)
+        or len({row.numel() for row in rows}) != 1
+        or rows[0].numel() == 0
+    ):
+        raise HarmonicaError(
+            f"{path} holds no router: its entries are not 0.prob .. {len(content) - 1}.prob of "
+            "equal length; pass a file that train_router.py wrote"
+        )
+    logits = torch.stack([row.detach().float().flatten() for row in reversed(rows)])
+    if not logits.isfinite().all():
+        raise HarmonicaError(f"{path} holds scores that are not finite; use another router")
+    known = vars(arguments) if arguments is not None else {}
+    return RouterFile(
+        logits,
+        RouterInfo(
+            model=known.get("model"),
+            image_size=known.get("image_size"),
+            num_classes=known.get("num_classes"),
+            num_sampling_steps=known.get("num_sampling_steps"),
+            cfg_scale=known.get("cfg_scale"),
+            threshold=known.get("ste_threshold"),
+            hyperparameters={k: v for k, v in known.items() if isinstance(v, int | float | str)},
+            source="published .pt",
+            version="",
+        ),
+    )
+
+
+def load_router(path: Path, flag: str = "--path") -> RouterFile:
+    """Read a router file, ours or a published one; a run directory stands for its router.
+
+    Raises:
+        HarmonicaError: not there, damaged, or not a router. Nothing in the file is executed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        candidates = [path / "router.safetensors", *sorted(path.glob("checkpoints/*.pt"))]
+        path = next((file for file in candidates if file.is_file()), path / "router.safetensors")
+    existing_file(path, flag)
+    router = _load_own(path) if is_safetensors(path) else _load_published(path)
+    if router.logits.ndim != 2 or not math.prod(router.logits.shape):
+        raise HarmonicaError(f"{path} holds no (step, branch) scores; use another router")
+    if not router.logits.isfinite().all():
+        raise HarmonicaError(f"{path} holds scores that are not finite; use another router")
+    return router

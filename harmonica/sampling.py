@@ -1,0 +1,72 @@
+"""Sampling from a backbone, plainly or by replaying a schedule."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from harmonica.backbone import Backbone
+from harmonica.cache import Cache, replay_branches
+from harmonica.denoise import Trajectories
+from harmonica.randomness import Draws
+from harmonica.samplers import State
+from harmonica.schedule import Schedule
+
+
+def trajectories(
+    backbone: Backbone, draws: Draws, indices: Sequence[int], labels: Tensor | None = None
+) -> Trajectories:
+    """The batch of samples with these indices; labels are drawn unless given, (n,) int64."""
+    shape, device = backbone.latent_shape, backbone.device
+    if labels is None:
+        labels = draws.labels(indices, backbone.model.config.num_classes)
+    return Trajectories(
+        backbone.model,
+        backbone.sampler,
+        backbone.guidance,
+        y=labels.to(device),
+        x_T=draws.initial_noise(indices, shape).to(device),
+        noise=lambda s: draws.step_noise(s, indices, shape).to(device),
+    )
+
+
+def replay(batch: Trajectories, schedule: Schedule | None) -> Tensor:
+    """Final latents (n, C, H, W) with the schedule replayed; None computes everything."""
+    if schedule is None:
+        return batch.walk(State(batch.x_T), batch.predict).x
+    cache, table = Cache(schedule.compute.shape[1]), schedule.compute.tolist()
+
+    def predict(s: int, x: Tensor) -> Tensor:
+        return batch.predict(s, x, replay_branches(cache, table[s]))
+
+    return batch.walk(State(batch.x_T), predict).x
+
+
+@torch.inference_mode()
+def sample(
+    backbone: Backbone,
+    schedule: Schedule | None,
+    draws: Draws,
+    indices: Sequence[int],
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
+    """Final latents (n, C, H, W) of the samples with these indices, on the CPU.
+
+    Args:
+        schedule: None computes everything.
+        labels: (n,), aligned with ``indices``; drawn if None.
+        progress: label of a progress bar; None shows none.
+    """
+    done = []
+    for start in tqdm(
+        range(0, len(indices), batch_size), desc=progress, disable=progress is None, unit="batch"
+    ):
+        part = slice(start, start + batch_size)
+        batch = trajectories(
+            backbone, draws, indices[part], None if labels is None else labels[part]
+        )
+        done.append(replay(batch, schedule).cpu())
+    return torch.cat(done)

@@ -1,0 +1,126 @@
+"""Schedule: which (step, branch) is computed. Everything that caches is a maker of these."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from harmonica.errors import HarmonicaError
+from harmonica.files import read_json, write_atomically
+from harmonica.flops import Costs
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """An immutable table of decisions.
+
+    Attributes:
+        compute: (T, N) bool, True = compute; rows in sampling order, row 0 all True.
+        costs: names and multiply-accumulates of the N branches.
+
+    Raises:
+        ValueError: row 0 reuses something, or the shapes disagree.
+    """
+
+    compute: np.ndarray
+    costs: Costs
+
+    def __post_init__(self):
+        table = np.array(self.compute, dtype=bool)
+        if table.ndim != 2 or table.shape[1] != len(self.costs.names):
+            raise ValueError(
+                f"a schedule of shape {table.shape} does not fit {len(self.costs.names)} branches"
+            )
+        if len(table) == 0 or not table[0].all():
+            raise ValueError("the first step of a schedule must compute every branch")
+        table.flags.writeable = False
+        object.__setattr__(self, "compute", table)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Schedule)
+            and self.costs == other.costs
+            and np.array_equal(self.compute, other.compute)
+        )
+
+    @classmethod
+    def full(cls, num_steps: int, costs: Costs) -> "Schedule":
+        """Everything computed at every step."""
+        return cls(np.ones((num_steps, len(costs.names)), dtype=bool), costs)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.compute)
+
+    @property
+    def cur(self) -> float:
+        """Cache-utilisation ratio: the share of (step, branch) outputs taken from the cache."""
+        return float(1.0 - self.compute.mean())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one row over the whole trajectory."""
+        branches = self.compute.astype(np.int64) @ np.array(self.costs.macs, dtype=np.int64)
+        return int(branches.sum()) + self.num_steps * self.costs.rest
+
+    @property
+    def theoretical_speedup(self) -> float:
+        """Multiply-accumulates without the cache over those with it."""
+        return self.num_steps * self.costs.total / self.macs
+
+    @property
+    def hash(self) -> str:
+        """Short content hash of the decisions and the branch names."""
+        digest = hashlib.sha256("\n".join(self.costs.names).encode())
+        digest.update(str(self.compute.shape).encode() + np.packbits(self.compute).tobytes())
+        return digest.hexdigest()[:16]
+
+    def to_dict(self) -> dict:
+        """JSON form; a row is a string with 1 for compute and 0 for reuse."""
+        return {
+            "format": FORMAT,
+            "hash": self.hash,
+            "cur": round(self.cur, 6),
+            "theoretical_speedup": round(self.theoretical_speedup, 6),
+            "branch_names": list(self.costs.names),
+            "branch_macs": list(self.costs.macs),
+            "other_macs": self.costs.rest,
+            "compute": ["".join("01"[int(c)] for c in row) for row in self.compute],
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "Schedule":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            HarmonicaError: fields are missing, malformed, or do not match the hash.
+        """
+        try:
+            costs = Costs(
+                tuple(str(name) for name in content["branch_names"]),
+                tuple(int(macs) for macs in content["branch_macs"]),
+                int(content["other_macs"]),
+            )
+            if len(costs.macs) != len(costs.names):
+                raise ValueError("branch names and MACs differ in number")
+            if any(set(row) - {"0", "1"} for row in content["compute"]):
+                raise ValueError("rows must consist of 0 and 1")
+            table = [[c == "1" for c in row] for row in content["compute"]]
+            schedule = cls(np.array(table, dtype=bool), costs)
+        except (KeyError, TypeError, ValueError) as error:
+            raise HarmonicaError(f"the schedule is malformed ({error}); export it again") from None
+        if content.get("hash") != schedule.hash:
+            raise HarmonicaError("the schedule does not match its hash; the file was changed")
+        return schedule
+
+    def save(self, path: Path) -> None:
+        """Write the JSON form atomically."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "Schedule":
+        return cls.from_dict(read_json(path))

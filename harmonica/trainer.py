@@ -1,0 +1,388 @@
+"""Step-wise denoising training (SDT) of a router, with the image error proxy objective."""
+
+import io
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs
+from torch import Tensor
+from tqdm import tqdm
+
+from harmonica.backbone import load_backbone, load_decoder
+from harmonica.cache import Cache, Masking
+from harmonica.config import TrainConfig
+from harmonica.denoise import Trajectories
+from harmonica.errors import HarmonicaError
+from harmonica.files import write_atomically
+from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
+from harmonica.plots import comparison, lambda_curve, router_heatmap
+from harmonica.randomness import Draws
+from harmonica.router import (
+    Router,
+    RouterFile,
+    cur_schedule,
+    save_router,
+    speedup_schedule,
+    threshold_schedule,
+)
+from harmonica.run_directory import RunDirectory
+from harmonica.samplers import State
+from harmonica.sampling import sample, trajectories
+from harmonica.schedule import Schedule
+
+PUBLISHED_BETA = 7e-8
+DEFAULT_UPDATES = 2000
+PREVIEW_IMAGES = 12
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What one training step saw, for the loss: guided outputs of all model rows, scores (N,)."""
+
+    s: int
+    teacher: Tensor
+    student: Tensor
+    scores: Tensor
+
+
+def train_trajectory(
+    batch: Trajectories,
+    router: Router,
+    masking: Masking,
+    update: Callable[[StepOutputs], None],
+    stop: int | None = None,
+) -> State:
+    """Roll the student out from noise; after every step but the first, call ``update``.
+
+    Teacher and student both start from the student's x_s, so errors of earlier reuse are in x and
+    in the cache when later steps learn. ``update`` may change the router's row of its step.
+    """
+    cache = Cache(len(batch.model.branch_names))
+
+    def predict(s: int, x: Tensor) -> Tensor:
+        # The first step computes everything and fills the cache.
+        if s == 0:
+            with torch.no_grad():
+                row = torch.full_like(router.row(1), torch.inf)
+                return batch.predict(s, x, masking.branches(cache, row))
+        # Teacher.
+        with torch.no_grad():
+            teacher = batch.predict(s, x)
+        # Student.
+        logits = router.row(s)
+        student = batch.predict(s, x, masking.branches(cache, logits))
+        # Router update.
+        update(StepOutputs(s, teacher, student, logits.sigmoid()))
+        return student.detach()
+
+    return batch.walk(State(batch.x_T), predict, stop=stop)
+
+
+def router_optimizer(router: Router, lr: float, eps: float) -> torch.optim.AdamW:
+    """AdamW that keeps its state per row: a row without gradient is left alone, moments and all."""
+    return torch.optim.AdamW(router.parameters(), lr=lr, eps=eps, weight_decay=0.0)
+
+
+class BetaControl:
+    """The price of a computed branch, fixed or steered towards a share of reused branches.
+
+    Without a target beta stays as given. With one it starts where the price and the error weigh
+    about the same, then follows ``log beta += gain * (target - share)`` after every trajectory.
+    """
+
+    GAIN = 0.5
+
+    def __init__(self, beta: float | None, has_target: bool):
+        self.has_target = has_target
+        self.beta = beta if beta is not None else (0.0 if has_target else PUBLISHED_BETA)
+
+    def start(self, weighted_errors: list[float], num_branches: int) -> None:
+        """Balance the price against ``lambda_s * mse_s``, if it was not given."""
+        if self.has_target and self.beta == 0.0:
+            self.beta = 4 * statistics.fmean(weighted_errors) / num_branches
+
+    def update(self, share: float, target: float) -> None:
+        if self.has_target:
+            self.beta *= math.exp(self.GAIN * (target - share))
+
+
+class Trainer:
+    """One training run of a router; ``run()`` does it all and returns the run directory."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.accelerator = _accelerator(config)
+        processes = self.accelerator.num_processes
+        halves = 1 if config.cfg_scale == 1.0 else 2
+        self.samples = _per_process(
+            config.global_batch_size, halves, processes, "--global-batch-size"
+        )
+        self.lambda_samples = _per_process(
+            config.lambda_batch_size or config.global_batch_size,
+            halves,
+            processes,
+            "--lambda-batch-size",
+        )
+        self.backbone = load_backbone(config, self.accelerator.device)
+        self.router = Router.initial(
+            config.num_sampling_steps,
+            len(self.backbone.costs.names),
+            config.global_seed,
+            config.init_mean,
+            config.init_std,
+        ).to(self.accelerator.device)
+        self.optimizer = self.accelerator.prepare(
+            router_optimizer(self.router, config.lr, config.adam_eps)
+        )
+        self.schedule()  # a target out of reach is refused before anything is written
+        self.beta = BetaControl(
+            config.l1, config.target_cur is not None or config.target_speedup is not None
+        )
+        self.weights = torch.zeros(config.num_sampling_steps)
+        self.refreshes: list[tuple[int, list[float]]] = []
+        self.updates = self.trajectories = 0
+        self.model_evaluations = 0
+
+    # Schedules.
+
+    def schedule(self) -> Schedule:
+        """What the scores stand for now: at the target if there is one, else at the threshold."""
+        config, logits, costs = self.config, self.router.logits(), self.backbone.costs
+        if config.target_cur is not None:
+            return cur_schedule(logits, costs, config.target_cur)
+        if config.target_speedup is not None:
+            return speedup_schedule(logits, costs, config.target_speedup)
+        return threshold_schedule(logits, costs, config.threshold)
+
+    def masking(self) -> Masking:
+        """How the scores act now; with a target, the cut is where the exported schedule cuts."""
+        cut = self.config.threshold
+        if self.beta.has_target:
+            reused = ~torch.from_numpy(self.schedule().compute.copy())
+            scores = self.router.logits().sigmoid().cpu()
+            cut = scores[reused].max().item() if reused.any() else 0.0
+        return Masking(self.config.mask, cut, self.config.stores_fresh)
+
+    # Batches.
+
+    def batch(self, purpose: str, number: int, samples: int) -> Trajectories:
+        """This process's part of batch ``number``: global sample indices, whatever the ranks."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        first = (number * processes + rank) * samples
+        draws = Draws(self.config.global_seed, purpose)
+        return trajectories(self.backbone, draws, range(first, first + samples))
+
+    # Training.
+
+    def refresh_weights(self) -> None:
+        """Re-estimate lambda on a fresh batch, averaged over processes."""
+        batch = self.batch("lambda", len(self.refreshes), self.lambda_samples)
+        student = Student(batch, self.router.logits(), self.masking())
+        with torch.no_grad(), self.accelerator.autocast():
+            errors = ESTIMATORS[self.config.lambda_estimator](student)
+        image, output = self.accelerator.reduce(torch.stack([errors.image, errors.output]), "mean")
+        weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
+        self.weights = weights
+        self.refreshes.append((self.updates, weights.tolist()))
+
+    def update(self, outputs: StepOutputs) -> Tensor:
+        """One AdamW step of one row; returns (3,) loss, teacher-student error, sum of scores."""
+        s, row = outputs.s, self.router.row(outputs.s)
+        weight = self.weights[s].item()
+        loss = iepo_loss(outputs.teacher, outputs.student, outputs.scores, weight, self.beta.beta)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        row.grad = self.accelerator.reduce(row.grad, "mean")
+        self.optimizer.step()
+        self.router.clamp(s)
+        self.updates += 1
+        mse = (outputs.teacher - outputs.student).detach().square().mean()
+        return torch.stack([loss.detach(), mse, outputs.scores.detach().sum()])
+
+    def train_one(self, remaining: int | None) -> Tensor:
+        """One trajectory of at most ``remaining`` updates; returns what they returned, (n, 3)."""
+        records: list[Tensor] = []
+        batch = self.batch("train", self.trajectories, self.samples)
+        stop = batch.num_steps if remaining is None else min(batch.num_steps, remaining + 1)
+        with self.accelerator.autocast():
+            train_trajectory(
+                batch,
+                self.router,
+                self.masking(),
+                lambda outputs: records.append(self.update(outputs)),
+                stop,
+            )
+        self.trajectories += 1
+        return self.accelerator.reduce(torch.stack(records), "mean").cpu()
+
+    def steer_beta(self, errors: Tensor) -> None:
+        """After a trajectory with teacher-student errors (n,): move beta towards the target."""
+        weighted = self.weights[1 : 1 + len(errors)] * errors
+        self.beta.start(weighted.tolist(), len(self.backbone.costs.names))
+        table = self.schedule().compute[1:]
+        below = self.router.logits()[1:].sigmoid() <= self.config.threshold
+        self.beta.update(below.float().mean().item(), 1.0 - float(table.mean()))
+
+    def run(self) -> RunDirectory:
+        """Train, export, draw.
+
+        Raises:
+            HarmonicaError: a loss that is not finite; the last checkpoint stands.
+        """
+        config, steps = self.config, self.config.num_sampling_steps - 1
+        limits = [
+            count
+            for count in (config.max_steps, config.epochs and config.epochs * steps)
+            if count is not None
+        ]
+        total = min(limits, default=DEFAULT_UPDATES)
+        directory = self._start_tracking()
+        refresh_at = 0
+        with tqdm(total=total, desc="router", unit="update", disable=not self._is_main) as bar:
+            while self.updates < total:
+                if self.updates >= refresh_at:
+                    self.refresh_weights()
+                    refresh_at = self.updates + config.lambda_c
+                before = self.updates
+                table = self.train_one(total - self.updates)
+                if not table.isfinite().all():
+                    raise HarmonicaError(
+                        f"the loss is not finite after update {before}; lower --lr or use "
+                        "--mixed-precision no"
+                    )
+                self.steer_beta(table[:, 1])
+                bar.update(self.updates - before)
+                bar.set_postfix(cur=f"{self.schedule().cur:.1%}", mse=f"{table[:, 1].mean():.2e}")
+                if _passes(before, self.updates, config.log_every) or self.updates == total:
+                    self._log(directory, table)
+                if _passes(before, self.updates, config.ckpt_every) or self.updates == total:
+                    self._save_checkpoint(directory)
+        self._export(directory)
+        if config.wandb:
+            self.accelerator.end_training()
+        return directory
+
+    # Output.
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _start_tracking(self) -> RunDirectory | None:
+        """The run directory, on the main process; and wandb, if it was asked for."""
+        if self.config.wandb:
+            self.accelerator.init_trackers("harmonica", config=hyperparameters(self.config))
+        if not self._is_main:
+            return None
+        return RunDirectory.create(self.config.results_dir, self.config)
+
+    def _log(self, directory: RunDirectory | None, table: Tensor) -> None:
+        loss, mse, l1 = table.mean(dim=0).tolist()
+        schedule = self.schedule()
+        record = {
+            "update": self.updates,
+            "trajectory": self.trajectories,
+            "loss": loss,
+            "mse": mse,
+            "l1": l1,
+            "beta": self.beta.beta,
+            "cur": schedule.cur,
+            "theoretical_speedup": schedule.theoretical_speedup,
+        }
+        if directory is not None:
+            directory.log(record)
+        if self.config.wandb:
+            self.accelerator.log(record, step=self.updates)
+
+    def _save_checkpoint(self, directory: RunDirectory | None) -> None:
+        """Everything training stands on; all randomness follows from the counters and the seed."""
+        if directory is None:
+            return
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "router": self.router.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "updates": self.updates,
+                "trajectories": self.trajectories,
+                "refreshes": self.refreshes,
+                "weights": self.weights,
+                "beta": self.beta.beta,
+            },
+            buffer,
+        )
+        write_atomically(directory.checkpoint(self.updates), buffer.getvalue())
+
+    def _export(self, directory: RunDirectory | None) -> None:
+        """Router file, schedule and pictures."""
+        if directory is None:
+            return
+        config, backbone, schedule = self.config, self.backbone, self.schedule()
+        logits = self.router.logits().cpu()
+        save_router(
+            directory.router,
+            RouterFile(
+                logits,
+                backbone.router_info(
+                    threshold=config.threshold, hyperparameters=hyperparameters(config)
+                ),
+                schedule,
+            ),
+        )
+        schedule.save(directory.schedule)
+        router_heatmap(
+            directory.path / "router.png",
+            logits.sigmoid().numpy(),
+            schedule,
+            f"{config.model}, {config.sampler}, T = {config.num_sampling_steps}",
+        )
+        lambda_curve(directory.path / "lambda.png", self.refreshes)
+        draws, indices = Draws(config.global_seed, "sample"), range(PREVIEW_IMAGES)
+        decode = load_decoder(config, backbone.device)
+        rows = {
+            name: decode(sample(backbone, choice, draws, indices, batch_size=self.samples))
+            for name, choice in {"uncached": None, "with router": schedule}.items()
+        }
+        comparison(directory.path / "samples.png", rows)
+
+
+def hyperparameters(config: TrainConfig) -> dict[str, str | float | bool | None]:
+    """The configuration as plain values, for the router file and wandb."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+
+
+def _passes(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, after]."""
+    return after // every > before // every
+
+
+def _per_process(rows: int, halves: int, processes: int, flag: str) -> int:
+    """Samples per process for a number of model rows over all processes."""
+    unit = halves * processes
+    if rows % unit:
+        lower, upper = rows // unit * unit, -(-rows // unit) * unit
+        fitting = f"{lower} or {upper}" if lower else f"{upper}"
+        what = f"{processes} process{'es' if processes > 1 else ''}"
+        if halves == 2:
+            what += " of two guidance halves"
+        raise HarmonicaError(f"{flag} {rows} is not divisible by {what}; use {fitting}")
+    return rows // unit
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    cpu = not torch.cuda.is_available()
+    if cpu and config.mixed_precision == "fp16":
+        raise HarmonicaError("--mixed-precision fp16 needs a GPU; use bf16 or no")
+    # Losses are of the order of 1e-8: let the fp16 scale grow quickly.
+    scaler = GradScalerKwargs(init_scale=2.0**24, growth_interval=50)
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        log_with="wandb" if config.wandb else None,
+        kwargs_handlers=[scaler],
+    )

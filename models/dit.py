@@ -1,0 +1,182 @@
+"""DiT (Peebles & Xie, 2023): the one definition behind plain, training and replay forwards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.layers import Attention, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from models.branch import Branch, compute
+from models.layers import (
+    FinalLayer,
+    LabelEmbedder,
+    TimestepEmbedder,
+    modulate,
+    sincos_position_embedding,
+)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that fixes the shapes of a DiT.
+
+    ``input_size`` is the side of the (square) latent in latent pixels. With ``learn_sigma`` the
+    model returns twice its input channels: noise, then the variance interpolation.
+    """
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    input_size: int = 32
+    in_channels: int = 4
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = True
+
+    def __post_init__(self):
+        if self.input_size < 1 or self.input_size % self.patch_size:
+            raise ValueError(
+                f"input size {self.input_size} is not a multiple of the patch size "
+                f"{self.patch_size}"
+            )
+        if self.num_classes < 1 or self.in_channels < 1:
+            raise ValueError("num_classes and in_channels must be at least 1")
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+class DiTBlock(nn.Module):
+    """Two branches, attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
+
+    branch_names = ("attn", "mlp")
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.norm1 = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(d, num_heads=config.num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(d, int(d * config.mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+
+    def forward(self, x: Tensor, c: Tensor, attn: Branch, mlp: Branch) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
+        x = x + gate_a.unsqueeze(1) * attn(
+            lambda h: self.attn(modulate(self.norm1(h), shift_a, scale_a)), x
+        )
+        x = x + gate_m.unsqueeze(1) * mlp(
+            lambda h: self.mlp(modulate(self.norm2(h), shift_m, scale_m)), x
+        )
+        return x
+
+
+class DiT(nn.Module):
+    """Class-conditional diffusion transformer with a branch handed in for every residual update."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, d)
+        self.t_embedder = TimestepEmbedder(d)
+        self.y_embedder = LabelEmbedder(config.num_classes, d)
+        grid = config.input_size // config.patch_size
+        self.pos_embed = nn.Parameter(
+            sincos_position_embedding(d, grid).unsqueeze(0), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(d, config.patch_size, config.out_channels)
+        self.initialize_weights()
+
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """Names of the branches in the order in which ``forward`` takes them."""
+        return tuple(
+            f"blocks.{i}.{name}" for i in range(self.config.depth) for name in DiTBlock.branch_names
+        )
+
+    def initialize_weights(self) -> None:
+        """Initialisation of the DiT paper: gates and output start at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, L, p*p*C) to (B, C, H, W)."""
+        p, channels = self.config.patch_size, self.config.out_channels
+        grid = self.config.input_size // p
+        patches = patches.reshape(-1, grid, grid, p, p, channels)
+        return torch.einsum("bhwpqc->bchpwq", patches).reshape(-1, channels, grid * p, grid * p)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, branches: Sequence[Branch] | None = None
+    ) -> Tensor:
+        """One model evaluation.
+
+        Args:
+            x: (B, C, H, W) latents.
+            t: (B,) timesteps on the training scale [0, 1000).
+            y: (B,) labels; ``num_classes`` is the null class.
+            branches: one Branch per entry of ``branch_names``; None computes everything.
+
+        Returns:
+            (B, out_channels, H, W): noise and, with ``learn_sigma``, the variance channels.
+        """
+        if branches is None:
+            branches = [compute] * len(self.branch_names)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        x = self.x_embedder(x) + self.pos_embed
+        for block, attn, mlp in zip(self.blocks, branches[::2], branches[1::2], strict=True):
+            x = block(x, c, attn, mlp)
+        return self.unpatchify(self.final_layer(x, c))
+
+
+def from_diffusers(state: dict[str, Tensor], pos_embed: Tensor) -> dict[str, Tensor]:
+    """Published parameter names for a state dict of diffusers' DiTTransformer2DModel.
+
+    diffusers repeats the timestep and label embedders in every block, of which the first is taken,
+    and does not store the position embedding, which is handed in.
+    """
+    renamed = {
+        "pos_embed.proj": "x_embedder.proj",
+        "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "transformer_blocks.0.norm1.emb.class_embedder.embedding_table": (
+            "y_embedder.embedding_table"
+        ),
+        "proj_out_1": "final_layer.adaLN_modulation.1",
+        "proj_out_2": "final_layer.linear",
+    }
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks."))
+    for i in range(depth):
+        old, new = f"transformer_blocks.{i}", f"blocks.{i}"
+        renamed[f"{old}.norm1.linear"] = f"{new}.adaLN_modulation.1"
+        renamed[f"{old}.attn1.to_out.0"] = f"{new}.attn.proj"
+        renamed[f"{old}.ff.net.0.proj"] = f"{new}.mlp.fc1"
+        renamed[f"{old}.ff.net.2"] = f"{new}.mlp.fc2"
+    published = {}
+    for key, value in state.items():
+        module, _, kind = key.rpartition(".")
+        if module in renamed:
+            published[f"{renamed[module]}.{kind}"] = value
+    for i in range(depth):
+        for kind in ("weight", "bias"):
+            parts = [state[f"transformer_blocks.{i}.attn1.to_{p}.{kind}"] for p in "qkv"]
+            published[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+    return published | {"pos_embed": pos_embed}

@@ -1,0 +1,84 @@
+"""Embeddings, modulation and the final layer, under the parameter names of the published DiT."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN modulation: x (B, L, d), shift and scale (B, d)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of (possibly fractional) timesteps.
+
+    Args:
+        t: (B,) timesteps.
+        dim: even embedding width; cosines fill the first half, sines the second.
+
+    Returns:
+        (B, dim) float32.
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
+    angles = t[:, None].float() * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sincos_position_embedding(dim: int, grid_size: int) -> Tensor:
+    """Fixed 2-D position embedding of a square token grid (He et al., 2022), (grid_size**2, dim).
+
+    The first half of the channels encodes the column, the second the row; each half holds sines,
+    then cosines. Computed in float64, returned in float32.
+    """
+    quarter = dim // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    position = torch.arange(grid_size, dtype=torch.float64)
+    angles = position[:, None] * omega[None]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
+    columns = axis[None, :, :].expand(grid_size, -1, -1)
+    rows = axis[:, None, :].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(grid_size**2, dim).float()
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) to conditioning vectors (B, d): sinusoids, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, frequency_dim: int = 256):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t, self.frequency_dim).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B,) to vectors (B, d). Label ``num_classes`` is the null class of guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, L, d) to patches (B, L, patch_size**2 * out_channels)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,96 @@
+"""Fixtures: golden recordings, and the tiny models they were made with."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from harmonica.denoise import Guidance, Trajectories
+from harmonica.flops import Costs, measure_costs
+from harmonica.samplers import Sampler, create_sampler
+from models.dit import DiT, DiTConfig
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(max(1, (os.cpu_count() or 1)))
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One recording: ``arrays`` under their recorded names, hyper-parameters, and the model."""
+
+    hparams: dict
+    arrays: dict[str, Tensor]
+    model: DiT
+
+    @property
+    def num_steps(self) -> int:
+        return self.hparams["T"]
+
+    @property
+    def costs(self) -> Costs:
+        return measure_costs(self.model)
+
+    @property
+    def logits(self) -> Tensor:
+        """(T, N) in sampling order; recorded last step first."""
+        return self.arrays["logits"].flip(0)
+
+    def trajectories(self, sampler: Sampler | None = None, **changes) -> Trajectories:
+        fields = {
+            "model": self.model,
+            "sampler": sampler or create_sampler("ddim", self.num_steps),
+            "guidance": Guidance(self.hparams["cfg_scale"]),
+            "y": self.arrays["class_labels"],
+            "x_T": self.arrays["x_T"],
+        }
+        return Trajectories(**{**fields, **changes})
+
+
+def load_golden(name: str) -> Golden:
+    with np.load(GOLDEN / f"dit_{name}.npz") as file:
+        hparams = json.loads(str(file["hparams"]))
+        arrays = {k: torch.from_numpy(np.array(file[k])) for k in file.files if k != "hparams"}
+    model = DiT(DiTConfig(**hparams["model"]))
+    prefix = "weights/"
+    weights = {k[len(prefix) :]: arrays.pop(k) for k in list(arrays) if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    return Golden(hparams, arrays, model.requires_grad_(False).eval())
+
+
+@pytest.fixture(scope="session", params=["a", "b"])
+def golden(request) -> Golden:
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden_b() -> Golden:
+    return load_golden("b")
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Relative L2 distance; NaN never passes a comparison."""
+    reference = reference.double()
+    return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run one of the command-line files as a user would, from another folder."""
+    script, *rest = arguments
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, rest)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+    )

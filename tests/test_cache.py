@@ -1,0 +1,106 @@
+"""Replay and Blend: what is taken from the cache, and what it equals."""
+
+import torch
+from conftest import Golden, relative
+
+from harmonica.cache import Blend, Cache, Masking, Replay, replay_branches
+from harmonica.router import threshold_schedule
+from harmonica.samplers import State, create_sampler
+from harmonica.sampling import replay
+from harmonica.schedule import Schedule
+
+
+def images(batch, schedule=None) -> torch.Tensor:
+    with torch.no_grad():
+        return replay(batch, schedule)
+
+
+def test_all_true_replay_is_the_plain_model_bit_for_bit(golden: Golden):
+    full = Schedule.full(golden.num_steps, golden.costs)
+    batch = golden.trajectories()
+    assert torch.equal(images(batch, full), images(batch))
+
+
+def test_hard_replay_equals_the_published_trajectory(golden: Golden):
+    threshold = float(golden.arrays["replay/threshold"])
+    schedule = threshold_schedule(golden.logits, golden.costs, threshold)
+    assert 0 < schedule.cur < 1
+    batch, cache = golden.trajectories(), Cache(len(golden.costs.names))
+    state, xs = State(batch.x_T), []
+    for s in range(batch.num_steps):
+        row = replay_branches(cache, schedule.compute[s])
+        state = batch.walk(
+            state, lambda s, x, row=row: batch.predict(s, x, row), start=s, stop=s + 1
+        )
+        xs.append(state.x)
+    assert relative(torch.stack(xs), golden.arrays["replay/x"]) < 1e-5
+
+
+def test_blend_with_weights_of_zero_and_one_is_replay(golden: Golden):
+    schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
+    logits = torch.where(torch.from_numpy(schedule.compute.copy()), torch.inf, -torch.inf)
+    batch, cache = golden.trajectories(), Cache(logits.shape[1])
+
+    def predict(s, x):
+        return batch.predict(s, x, Masking("soft", cut=0.5).branches(cache, logits[s]))
+
+    with torch.no_grad():
+        blended = batch.walk(State(batch.x_T), predict).x
+    assert torch.equal(blended, images(batch, schedule))
+
+
+def test_hard_masks_replay_and_pass_gradients_through(golden: Golden):
+    schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
+    batch, cache = golden.trajectories(), Cache(golden.logits.shape[1])
+    logits = golden.logits.clone().requires_grad_()
+    rows = torch.cat([torch.full_like(logits[:1], torch.inf), logits[1:]])
+
+    def predict(s, x):
+        return batch.predict(s, x, Masking("hard", cut=0.4).branches(cache, rows[s]))
+
+    x = batch.walk(State(batch.x_T), predict).x
+    assert relative(x.detach(), images(batch, schedule)) < 1e-6
+    x.square().mean().backward()
+    assert (logits.grad[1:] != 0).all()
+
+
+def test_a_reused_branch_runs_nothing():
+    def fail(x):
+        raise AssertionError("computed")
+
+    cache, x = Cache(1), torch.zeros(1)
+    Replay(cache, 0, True)(lambda x: x + 3, x)
+    assert Replay(cache, 0, False)(fail, x).item() == 3
+
+
+def test_blend_stores_the_blend_or_the_fresh_value():
+    for fresh, expected in ((False, 2.5), (True, 3.0)):
+        cache, x = Cache(1), torch.zeros(1)
+        Blend(cache, 0, torch.tensor(0.5), True, fresh)(lambda x: x + 2, x)
+        out = Blend(cache, 0, torch.tensor(0.5), True, fresh)(lambda x: x + 3, x)
+        assert out.item() == 2.5
+        assert cache.predict(0).item() == expected
+
+
+def test_below_the_cut_the_cache_keeps_its_value():
+    cache, x = Cache(1), torch.zeros(1)
+    Blend(cache, 0, torch.tensor(0.5), True, False)(lambda x: x + 2, x)
+    Blend(cache, 0, torch.tensor(0.05), False, False)(lambda x: x + 9, x)
+    assert cache.predict(0).item() == 2
+
+
+def test_branched_caches_go_their_own_way():
+    cache = Cache(1)
+    cache.store(0, torch.tensor(1.0))
+    other = cache.branched()
+    other.store(0, torch.tensor(2.0))
+    assert (cache.predict(0).item(), other.predict(0).item()) == (1.0, 2.0)
+
+
+def test_replay_works_with_a_stochastic_sampler(golden: Golden):
+    batch = golden.trajectories(
+        create_sampler("iddpm", golden.num_steps), noise=lambda s: golden.arrays["iddpm/noise"][s]
+    )
+    schedule = threshold_schedule(golden.logits, golden.costs, 0.3)
+    assert images(batch, schedule).isfinite().all()
+    assert not torch.equal(images(batch, schedule), images(batch))

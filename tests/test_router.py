@@ -1,0 +1,222 @@
+"""Router files and schedules: what is kept, what is refused, and that targets are met exactly."""
+
+import argparse
+import json
+import os
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import Golden
+
+from harmonica.baselines import evenly_spaced, fora, random_schedule
+from harmonica.errors import HarmonicaError
+from harmonica.flops import Costs
+from harmonica.router import (
+    Router,
+    RouterFile,
+    RouterInfo,
+    cur_schedule,
+    load_router,
+    save_router,
+    speedup_schedule,
+    threshold_schedule,
+)
+from harmonica.schedule import Schedule
+
+COSTS = Costs(tuple(f"blocks.{i}.{k}" for i in range(3) for k in ("attn", "mlp")), (5, 9) * 3, 4)
+INFO = RouterInfo(model="DiT-Ti/4", num_sampling_steps=7, timesteps=(6.0, 5, 4, 3, 2, 1, 0))
+
+
+@pytest.fixture
+def router() -> RouterFile:
+    logits = Router.initial(7, 6, seed=0).logits()
+    return RouterFile(logits, INFO, cur_schedule(logits, COSTS, 0.4))
+
+
+@pytest.fixture
+def saved(router, tmp_path):
+    path = tmp_path / "router.safetensors"
+    save_router(path, router)
+    return path
+
+
+def test_a_router_file_comes_back_whole(router, saved):
+    loaded = load_router(saved)
+    assert torch.equal(loaded.logits, router.logits)
+    assert loaded.info == router.info
+    assert loaded.schedule == router.schedule
+
+
+def test_a_schedule_comes_back_whole(router, tmp_path):
+    router.schedule.save(tmp_path / "s.json")
+    loaded = Schedule.load(tmp_path / "s.json")
+    assert loaded == router.schedule and loaded.hash == router.schedule.hash
+    # Readable: one row of 0 and 1 per step.
+    rows = json.loads((tmp_path / "s.json").read_text())["compute"]
+    assert rows[0] == "111111" and len(rows) == 7
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 9, 100, -1, -20])
+def test_truncated_files_are_refused(saved, keep):
+    content = saved.read_bytes()
+    saved.write_bytes(content[:keep])
+    with pytest.raises(HarmonicaError):
+        load_router(saved)
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(router, saved):
+    content = saved.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        position, bit = int(generator.integers(len(content))), int(generator.integers(8))
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << bit
+        saved.write_bytes(damaged)
+        try:
+            loaded = load_router(saved)
+        except HarmonicaError as error:
+            assert "\n" not in str(error)
+        else:
+            assert torch.equal(loaded.logits, router.logits) and loaded.schedule == router.schedule
+
+
+class Hostile:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", ["torch", "legacy", "pickle"])
+def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, protocol):
+    path, target = tmp_path / "router.pt", tmp_path / "owned"
+    content = {"0.prob": torch.zeros(1, 6), "args": Hostile(target)}
+    if protocol == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=protocol == "torch")
+    with pytest.raises(HarmonicaError, match="not loaded"):
+        load_router(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("layout", ["routers", "bare"])
+def test_published_files_load_with_their_rows_reversed(tmp_path, layout):
+    rows = {f"{i}.prob": torch.full((1, 6), float(i)) for i in range(5)}
+    arguments = argparse.Namespace(model="DiT-Ti/4", ste_threshold=0.1, num_sampling_steps=5)
+    whole = {"routers": rows, "opt": {"state": {}}, "args": arguments}
+    path = tmp_path / "ckpt.pt"
+    torch.save(whole if layout == "routers" else rows, path)
+    router = load_router(path)
+    assert router.logits[:, 0].tolist() == [4, 3, 2, 1, 0]
+    assert router.info.model == ("DiT-Ti/4" if layout == "routers" else None)
+    assert router.schedule is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"routers": 3},
+        {"0.prob": "x"},
+        {"1.prob": torch.zeros(1, 6)},
+        {"0.prob": torch.zeros(1, 6), "1.prob": torch.zeros(1, 5)},
+        {"0.prob": torch.full((1, 6), torch.nan)},
+        {"0.prob": torch.zeros(1, 0)},
+    ],
+)
+def test_pt_files_without_a_router_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(HarmonicaError):
+        load_router(tmp_path / "x.pt")
+
+
+def test_a_missing_file_names_the_flag(tmp_path):
+    with pytest.raises(HarmonicaError, match="--path"):
+        load_router(tmp_path / "none.safetensors")
+
+
+def test_a_router_for_something_else_is_refused(golden_b: Golden):
+    branches = len(golden_b.costs.names)
+    info = RouterInfo(model="DiT-B/2", num_sampling_steps=10, sampler="ddim")
+    logits = torch.zeros(10, branches)
+    RouterFile(logits, info).check(golden_b.model, info)
+    for changed, word in (
+        (replace(info, model="DiT-S/2"), "--model"),
+        (replace(info, sampler="iddpm"), "--sampler"),
+        (replace(info, num_sampling_steps=11), "--num-sampling-steps"),
+    ):
+        with pytest.raises(HarmonicaError, match=word):
+            RouterFile(logits, info).check(golden_b.model, changed)
+    with pytest.raises(HarmonicaError, match="branches"):
+        RouterFile(torch.zeros(10, branches + 2), info).check(golden_b.model, info)
+    # A published file may not say its T; its rows do.
+    with pytest.raises(HarmonicaError, match="--num-sampling-steps 9"):
+        RouterFile(torch.zeros(9, branches), RouterInfo()).check(golden_b.model, info)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.1, 0.25, 0.375, 0.5, 0.8])
+def test_target_cur_is_met_within_one_branch(target):
+    logits = Router.initial(20, 6, seed=3).logits()
+    schedule = cur_schedule(logits, COSTS, target)
+    assert abs(schedule.cur - target) <= 0.5 / logits.numel() + 1e-9
+    # Whatever is reused scores no higher than whatever is computed.
+    scores, compute = logits[1:].numpy(), schedule.compute[1:]
+    if target > 0:
+        assert scores[~compute].max() <= scores[compute].min()
+
+
+@pytest.mark.parametrize("target", [1.0, 1.2, 1.6, 2.5])
+def test_target_speedup_is_met_within_one_branch(target):
+    schedule = speedup_schedule(Router.initial(20, 6, seed=3).logits(), COSTS, target)
+    assert schedule.theoretical_speedup >= target
+    assert schedule.macs + max(COSTS.macs) > 20 * COSTS.total / target
+
+
+def test_targets_out_of_reach_say_what_is_possible():
+    logits = Router.initial(2, 6, seed=0).logits()
+    with pytest.raises(HarmonicaError, match=r"--target-cur.*0\.500"):
+        cur_schedule(logits, COSTS, 0.6)
+    with pytest.raises(HarmonicaError, match="--target-speedup"):
+        speedup_schedule(logits, COSTS, 3.0)
+
+
+def test_the_first_step_is_always_computed():
+    logits = torch.full((4, 6), -5.0)
+    assert threshold_schedule(logits, COSTS, 0.1).compute[0].all()
+    with pytest.raises(ValueError):
+        Schedule(np.zeros((4, 6), dtype=bool), COSTS)
+
+
+def test_a_schedule_cannot_be_changed():
+    schedule = Schedule.full(4, COSTS)
+    with pytest.raises(ValueError):
+        schedule.compute[1, 0] = False
+
+
+def test_macs_and_speedup_by_hand():
+    compute = np.ones((4, 6), dtype=bool)
+    compute[1, 0] = compute[2, 1] = False
+    schedule = Schedule(compute, COSTS)
+    assert schedule.macs == 4 * (3 * 14 + 4) - 5 - 9
+    assert schedule.theoretical_speedup == pytest.approx(184 / 170)
+    assert schedule.cur == pytest.approx(2 / 24)
+
+
+@pytest.mark.parametrize("cur", [0.1, 0.25, 0.375, 0.5, 0.75])
+def test_baselines_have_the_cur_that_was_asked_for(cur):
+    for schedule in (evenly_spaced(20, COSTS, cur), random_schedule(20, COSTS, cur, seed=1)):
+        assert abs(schedule.cur - cur) <= 0.5 / 120 + 1e-9
+
+
+def test_evenly_spaced_at_one_half_is_fora():
+    assert evenly_spaced(20, COSTS, 0.5) == fora(20, COSTS, 2)
+    steps = fora(9, COSTS, 3).compute.all(axis=1).nonzero()[0]
+    assert steps.tolist() == [0, 3, 6]
