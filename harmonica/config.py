@@ -273,6 +273,8 @@ def validate(config: BackboneConfig) -> None:
             if (low is not None and value < low) or (high is not None and value > high):
                 allowed = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise HarmonicaError(f"{flag} {value} is out of range; use a value {allowed}")
+    if isinstance(config, TrainConfig) and None not in (config.target_cur, config.target_speedup):
+        raise HarmonicaError("--target-cur and --target-speedup exclude each other; pass one")
     factor = MODELS[config.model].latent_factor
     if config.image_size is not None and config.image_size % factor:
         raise HarmonicaError(

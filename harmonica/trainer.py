@@ -119,10 +119,10 @@ class Trainer:
         self.accelerator = _accelerator(config)
         processes = self.accelerator.num_processes
         halves = 1 if config.cfg_scale == 1.0 else 2
-        self.samples = _per_process(
+        self.samples = samples_per_process(
             config.global_batch_size, halves, processes, "--global-batch-size"
         )
-        self.lambda_samples = _per_process(
+        self.lambda_samples = samples_per_process(
             config.lambda_batch_size or config.global_batch_size,
             halves,
             processes,
@@ -361,7 +361,7 @@ def _passes(before: int, after: int, every: int) -> bool:
     return after // every > before // every
 
 
-def _per_process(rows: int, halves: int, processes: int, flag: str) -> int:
+def samples_per_process(rows: int, halves: int, processes: int, flag: str) -> int:
     """Samples per process for a number of model rows over all processes."""
     unit = halves * processes
     if rows % unit:

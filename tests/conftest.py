@@ -20,8 +20,6 @@ from models.dit import DiT, DiTConfig
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(max(1, (os.cpu_count() or 1)))
-
 
 @dataclass(frozen=True)
 class Golden:
@@ -88,7 +86,7 @@ def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Co
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, rest)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=600,

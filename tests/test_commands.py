@@ -1,0 +1,292 @@
+"""The command-line files as a user runs them: what they make, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_command
+from PIL import Image
+
+from harmonica.router import RouterFile, RouterInfo, load_router, save_router
+from harmonica.schedule import Schedule
+
+TINY = ["--num-sampling-steps", "4", "--global-batch-size", "4"]
+PUBLISHED_TRAIN = [
+    "--results-dir",
+    "results",
+    "--model",
+    "DiT-XL/2",
+    "--image-size",
+    "256",
+    "--num-classes",
+    "1000",
+    "--epochs",
+    "2000",
+    "--global-batch-size",
+    "64",
+    "--global-seed",
+    "42",
+    "--vae",
+    "ema",
+    "--num-works",
+    "8",
+    "--log-every",
+    "100",
+    "--ckpt-every",
+    "1000",
+    "--wandb",
+    "--num-sampling-steps",
+    "10",
+    "--l1",
+    "7e-8",
+    "--lr",
+    "0.01",
+    "--max-steps",
+    "20000",
+    "--cfg-scale",
+    "1.5",
+    "--ste-threshold",
+    "0.1",
+    "--lambda-c",
+    "500",
+]
+PUBLISHED_SAMPLE = [
+    "--model",
+    "DiT-XL/2",
+    "--vae",
+    "ema",
+    "--image-size",
+    "256",
+    "--num-classes",
+    "1000",
+    "--cfg-scale",
+    "4",
+    "--num-sampling-steps",
+    "10",
+    "--seed",
+    "42",
+    "--accelerate-method",
+    "dynamiclayer",
+    "--ddim-sample",
+    "--path",
+    "Path/To/The/Trained/Router/",
+    "--thres",
+    "0.1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished training run; its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run_command(
+        "train_router.py", *TINY, "--max-steps", "7", "--lambda-c", "4", "--target-cur", "0.5",
+        "--log-every", "2", "--ckpt-every", "3", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "results" / "000-DiT-Ti-4-T4"
+
+
+def test_a_run_directory_holds_everything(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["target_cur"] == 0.5 and config["max_steps"] == 7
+    assert (run / "commit.txt").read_text().strip()
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["update"] == 7
+    assert all(np.isfinite(list(record.values())).all() for record in metrics)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "0000007.pt"
+    router = load_router(run)
+    assert router.info.model == "DiT-Ti/4" and router.info.sampler == "ddim"
+    assert router.schedule.cur == 0.5
+    assert Schedule.load(run / "schedule.json") == router.schedule
+    for picture in ("router.png", "lambda.png", "samples.png"):
+        assert np.asarray(Image.open(run / picture)).std() > 0
+
+
+def test_the_resolved_config_is_a_preset(run, tmp_path):
+    done = run_command(
+        "train_router.py", "--config", run / "config.yaml", "--dry-run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (run / "config.yaml").read_text()
+
+
+def test_sampling_with_and_without_the_router(run, tmp_path):
+    done = run_command(
+        "sample.py", "--path", run, "--num-sampling-steps", "4", "--compare", "--classes", "3", "5",
+        "--repeats", "2", "--out", "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "CUR",
+        "theoretical speed-up",
+        "measured speed-up",
+        "image error",
+        "comparison.png",
+    ):
+        assert line in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["image_error"]["mse_mean"] > 0
+    assert report["schedule"]["cur"] == 0.5
+    assert Image.open(tmp_path / "out" / "with_router" / "000001.png").size == (32, 32)
+    assert Image.open(tmp_path / "out" / "uncached.png").width > 64
+
+
+def test_a_full_schedule_gives_the_uncached_images(run, tmp_path):
+    router = load_router(run)
+    save_router(
+        tmp_path / "full.safetensors",
+        RouterFile(
+            torch.full_like(router.logits, 5.0), router.info,
+            Schedule.full(4, router.schedule.costs),
+        ),
+    )  # fmt: skip
+    done = run_command(
+        "sample.py", "--path", "full.safetensors", "--num-sampling-steps", "4", "--compare",
+        "--num-images", "2", "--repeats", "1", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "samples" / "report.json").read_text())
+    assert report["image_error"]["mse_mean"] == 0
+
+
+def test_iddpm_samples(tmp_path):
+    done = run_command(
+        "sample.py", "--sampler", "iddpm", "--num-sampling-steps", "3", "--num-images", "2",
+        "--repeats", "1", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples" / "uncached" / "000001.png").is_file()
+
+
+def test_evaluation_of_a_router_against_baselines(run, tmp_path):
+    done = run_command(
+        "evaluate.py", "--path", run, "--num-sampling-steps", "4", "--num-images", "4",
+        "--random-schedules", "2", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    curs = [result["schedule"]["cur"] for result in content["results"]]
+    assert len(curs) == 4 and set(curs) == {0.5}
+
+
+def test_inspecting_a_router(run, tmp_path):
+    script = "scripts/inspect_router.py"
+    done = run_command(script, run, "--out", "heat.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "CUR                    50.0%" in done.stdout
+    assert (tmp_path / "heat.png").is_file()
+    # A published file that does not say its model wants the flag.
+    logits = torch.zeros(10, 1, 56)
+    logits[:9, 0, :14] = -3.0
+    torch.save({f"{i}.prob": row for i, row in enumerate(logits)}, tmp_path / "published.pt")
+    refused = run_command(script, "published.pt", "--threshold", "0.1", cwd=tmp_path)
+    assert refused.returncode == 2 and "--model" in refused.stderr
+    done = run_command(
+        script, "published.pt", "--threshold", "0.1", "--model", "DiT-XL/2", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"CUR                    {100 * 9 * 14 / 560:.1f}%" in done.stdout
+    assert "computed per step      56 42 42 42 42 42 42 42 42 42" in done.stdout
+
+
+def test_published_command_lines_parse(tmp_path):
+    done = run_command("train_router.py", *PUBLISHED_TRAIN, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    expected = {"threshold": 0.1, "l1": 7e-8, "num_workers": 8, "wandb": True, "lambda_c": 500}
+    assert {name: config[name] for name in expected} == expected
+    done = run_command("sample.py", *PUBLISHED_SAMPLE, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["threshold"] == 0.1 and config["cfg_scale"] == 4.0
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_resolves_and_says_what_it_gave(preset, tmp_path):
+    done = run_command("train_router.py", "--config", preset, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    header = [line for line in preset.read_text().splitlines() if line.startswith("#")]
+    assert any(preset.name in line or "demo.sh" in line for line in header)
+
+
+def refusals(tmp_path):
+    """(command line, what the sentence must name)."""
+    (tmp_path / "bad.yaml").write_text("no_such_option: 1\n")
+    (tmp_path / "type.yaml").write_text("lr: fast\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("x")
+    save_router(tmp_path / "other.safetensors", RouterFile(torch.zeros(4, 6), RouterInfo()))
+    train, sample = "train_router.py", "sample.py"
+    return [
+        ([train, "--model", "DiT-XXL/2"], "--model DiT-XXL/2"),
+        ([train, "--image-size", "33"], "--image-size 33"),
+        ([train, "--model", "DiT-XL/2", "--image-size", "260"], "--image-size 260"),
+        ([train, "--image-size", "64"], "--ckpt"),
+        ([train, "--num-classes", "7"], "--num-classes"),
+        ([train, "--num-sampling-steps", "1"], "--num-sampling-steps 1"),
+        ([train, "--num-sampling-steps", "1001"], "--num-sampling-steps 1001"),
+        ([train, "--lr", "nan"], "--lr nan"),
+        ([train, "--lr", "-1"], "--lr -1"),
+        ([train, "--l1=-1e-8"], "--l1 -1e-08"),
+        ([train, "--threshold", "1.5"], "--threshold 1.5"),
+        ([train, "--global-batch-size", "5"], "--global-batch-size 5"),
+        ([train, "--global-batch-size", "x"], "--global-batch-size"),
+        ([train, "--target-cur", "0.99"], "--target-cur 0.99"),
+        ([train, "--target-speedup", "40"], "--target-speedup 40"),
+        ([train, "--target-cur", "0.5", "--target-speedup", "2"], "--target-speedup"),
+        ([train, "--mixed-precision", "fp8"], "--mixed-precision"),
+        ([train, "--config", "bad.yaml"], "no_such_option"),
+        ([train, "--config", "type.yaml"], "lr"),
+        ([train, "--config", "broken.yaml"], "broken.yaml"),
+        ([train, "--config", "absent.yaml"], "absent.yaml"),
+        ([train, "--no-such-flag"], "--no-such-flag"),
+        ([train, "--results-dir", "foreign"], "--results-dir foreign"),
+        ([train, "--results-dir", "file"], "--results-dir file"),
+        ([train, "--ckpt", "absent.pt"], "--ckpt absent.pt"),
+        ([train, "--ckpt", "file"], "file"),
+        ([train, "--model", "DiT-S/2"], "--ckpt"),
+        ([train, "--model", "DiT-Ti/2", "--image-size", "32", "--ckpt", "other.safetensors"],
+         "other.safetensors"),
+        ([sample, "--path", "absent"], "--path absent"),
+        ([sample, "--path", "other.safetensors"], "branches"),
+        ([sample, "--classes", "10"], "--classes 10"),
+        ([sample, "--compare"], "--path"),
+        ([sample, "--out", "foreign"], "--out foreign"),
+        ([sample, "--num-images", "0"], "--num-images 0"),
+        (["evaluate.py"], "--path"),
+        (["download.py", "DiT-S/2"], "DiT-S/2"),
+        (["scripts/inspect_router.py", "absent"], "absent"),
+    ]  # fmt: skip
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    """Run in this process, the files being the same ones: three dozen imports of torch are slow."""
+    import runpy
+
+    cases = refusals(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for (script, *arguments), named in cases:
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2, (script, arguments, message)
+        assert message.startswith("error: ") and message.count("\n") == 1, message
+        assert named in message, (named, message)
+        assert sorted(tmp_path.rglob("*")) == before, f"{arguments} left files behind"
+
+
+def test_a_missing_checkpoint_offline_says_what_to_do(tmp_path):
+    done = run_command(
+        "train_router.py", "--model", "DiT-XL/2", "--image-size", "256", cwd=tmp_path,
+        HTTPS_PROXY="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "download.py" in done.stderr
+    assert not (tmp_path / "results").exists()

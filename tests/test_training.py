@@ -1,0 +1,137 @@
+"""Training on the bundled backbone: processes, targets, what the trainer leaves behind."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, relative, run_command
+
+from harmonica.config import TrainConfig
+from harmonica.errors import HarmonicaError
+from harmonica.randomness import Draws
+from harmonica.router import load_router
+from harmonica.sampling import sample
+from harmonica.trainer import BetaControl, Trainer, samples_per_process
+
+ARGUMENTS = [
+    "--num-sampling-steps", "4", "--global-batch-size", "8", "--max-steps", "9", "--lambda-c", "4",
+    "--log-every", "3", "--lr", "0.1", "--target-cur", "0.4", "--adam-eps", "1e-8",
+]  # fmt: skip
+
+
+def metrics(folder) -> list[dict]:
+    lines = (folder / "results" / "000-DiT-Ti-4-T4" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    done = run_command("train_router.py", *ARGUMENTS, cwd=tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+        "--master_addr=127.0.0.1", f"--master_port={free_port()}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*launch, str(ROOT / "train_router.py"), *ARGUMENTS],
+        cwd=tmp_path / "two", capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=2e-3)
+    routers = [
+        load_router(tmp_path / name / "results" / "000-DiT-Ti-4-T4") for name in ("one", "two")
+    ]
+    assert (routers[0].logits - routers[1].logits).abs().max() < 5e-3
+    # Only one process writes.
+    assert len(list((tmp_path / "two" / "results").iterdir())) == 1
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused():
+    with pytest.raises(HarmonicaError, match=r"--global-batch-size 30 .*; use 28 or 32"):
+        samples_per_process(30, 2, 2, "--global-batch-size")
+    assert samples_per_process(32, 2, 2, "--global-batch-size") == 8
+
+
+@pytest.mark.parametrize("target", [{"target_cur": 0.3}, {"target_speedup": 1.3}])
+def test_training_meets_its_target(target, tmp_path):
+    trainer = Trainer(
+        TrainConfig(num_sampling_steps=4, global_batch_size=4, max_steps=6, results_dir=tmp_path,
+                    **target)
+    )  # fmt: skip
+    trainer.run()
+    schedule, costs = trainer.schedule(), trainer.backbone.costs
+    if "target_cur" in target:
+        assert abs(schedule.cur - 0.3) <= 0.5 / schedule.compute.size
+    else:
+        budget = schedule.num_steps * costs.total / 1.3
+        assert budget - max(costs.macs) < schedule.macs <= budget
+    assert all(p.grad is None and not p.requires_grad for p in trainer.backbone.model.parameters())
+
+
+def test_beta_moves_towards_the_target_and_otherwise_stays():
+    control = BetaControl(None, has_target=True)
+    control.start([1e-6, 3e-6], num_branches=8)
+    assert control.beta == pytest.approx(1e-6)
+    control.update(share=0.2, target=0.5)
+    assert control.beta > 1e-6
+    raised = control.beta
+    control.update(share=0.9, target=0.5)
+    assert control.beta < raised
+    fixed = BetaControl(3e-8, has_target=False)
+    fixed.start([1.0], 8)
+    fixed.update(0.0, 0.5)
+    assert fixed.beta == 3e-8
+
+
+def test_batches_do_not_depend_on_how_often_weights_are_refreshed(tmp_path):
+    often, rarely = (
+        Trainer(TrainConfig(num_sampling_steps=3, global_batch_size=4, results_dir=tmp_path))
+        for _ in range(2)
+    )
+    often.refresh_weights()
+    often.refresh_weights()
+    a, b = often.batch("train", 5, 2), rarely.batch("train", 5, 2)
+    assert torch.equal(a.x_T, b.x_T) and torch.equal(a.y, b.y)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "iddpm"])
+def test_a_seed_gives_its_image_whatever_the_batch(sampler, tmp_path):
+    config = TrainConfig(num_sampling_steps=4, sampler=sampler, results_dir=tmp_path)
+    trainer = Trainer(config)
+    backbone, schedule = trainer.backbone, trainer.schedule()
+    draws = Draws(3, "sample")
+    together = sample(backbone, schedule, draws, range(5), batch_size=5)
+    apart = sample(backbone, schedule, draws, range(5), batch_size=2)
+    single = sample(backbone, schedule, draws, [4], batch_size=1)
+    # Equal up to rounding: matrix products of other sizes add in another order.
+    assert relative(apart, together) < 1e-4
+    assert relative(single, together[4:]) < 1e-4
+    assert not torch.allclose(together[3], together[4], atol=0.1)
+
+
+def test_purposes_and_seeds_draw_different_noise():
+    noise = {
+        (seed, purpose): Draws(seed, purpose).initial_noise([0], (4,))
+        for seed in (0, 1)
+        for purpose in ("sample", "train", "lambda")
+    }
+    assert len({tuple(value.flatten().tolist()) for value in noise.values()}) == 6
+
+
+def test_labels_cover_all_classes():
+    labels = Draws(0, "train").labels(range(400), 10)
+    assert labels.bincount(minlength=10).min() > 20
