@@ -74,38 +74,62 @@ class TrainConfig(BackboneConfig):
     global_seed: int = option(
         0, "seed of initial scores, noise and labels", low=0, aliases=("--seed",)
     )
-    lr: float = option(0.01, "AdamW learning rate of the logits", low=0)
-    adam_eps: float = option(1e-8, "AdamW epsilon; compare it with the gradients", low=0)
-    l1: float | None = option(
-        None, "beta, price of a computed branch; default 7e-8, or set by the target", low=0
-    )
+    lr: float = option(0.1, "AdamW learning rate of the logits", low=0)
+    adam_eps: float = option(1e-15, "AdamW epsilon, to be far below the gradients", low=0)
+    l1: float | None = option(None, "beta, price of a computed branch, by hand", low=0)
     target_cur: float | None = option(
-        None, "adjust beta to this share of reused branches and export exactly that", low=0, high=1
+        None,
+        "steer beta to this share of reused branches and export exactly that; 0.5 if neither "
+        "--l1 nor --target-speedup is given",
+        low=0,
+        high=1,
     )
     target_speedup: float | None = option(None, "likewise, for a theoretical speed-up", low=1)
     threshold: float = option(
-        0.1, "score above which a branch is computed", aliases=("--ste-threshold",), low=0, high=1
+        0.1,
+        "with beta by hand: score above which a branch is computed",
+        aliases=("--ste-threshold",),
+        low=0,
+        high=1,
     )
     mask: str = option("soft", "how scores act in the student", choices=MASKS)
     stores_fresh: bool = option(
-        False, "cache what was computed, as replay does, rather than the blend"
+        True, "cache what was computed, as replay does; off: the blend, as published"
     )
     init_mean: float = option(0.0, "mean of the initial logits", low=-5, high=5)
-    init_std: float = option(1.0, "standard deviation of the initial logits", low=0)
-    lambda_c: int = option(500, "updates between refreshes of the image-error weights", low=1)
+    init_std: float = option(0.1, "standard deviation of the initial logits", low=0)
+    lambda_c: int = option(200, "updates between refreshes of the image-error weights", low=1)
     lambda_estimator: str = option(
         "leave-one-out", "how they are estimated", choices=tuple(ESTIMATORS)
     )
     lambda_batch_size: int | None = option(
-        None, "model rows of a refresh over all processes; default: the batch size", low=1
+        None, "model rows of a refresh over all processes; default: twice the batch size", low=1
     )
-    lambda_form: str = option("sensitivity", "how they enter the loss", choices=FORMS)
+    lambda_form: str | None = option(
+        None,
+        "how they enter the loss; default: published if beta is set by hand, whose scale it is, "
+        "else sensitivity",
+        choices=FORMS,
+    )
     log_every: int = option(100, "updates between lines of metrics.jsonl", low=1)
     ckpt_every: int = option(1000, "updates between checkpoints", low=1)
     wandb: bool = option(False, "report to Weights & Biases")
     num_workers: int = option(
         0, "accepted for compatibility; training reads no images", aliases=("--num-works",), low=0
     )
+
+    def __post_init__(self):
+        """Fill in what follows from other fields, so that a run records what it did."""
+        if self.l1 is None and self.target_speedup is None and self.target_cur is None:
+            object.__setattr__(self, "target_cur", 0.5)
+        if self.lambda_form is None:
+            form = "sensitivity" if self.has_target else "published"
+            object.__setattr__(self, "lambda_form", form)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether beta is steered, rather than set by hand."""
+        return self.target_cur is not None or self.target_speedup is not None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def _announced_hash(response: requests.Response) -> str | None:
     return None
 
 
-def _download(url: str, partial: Path) -> str | None:
+def _download(url: str, partial: Path, name: str) -> str | None:
     """Complete ``partial`` from ``url``; returns the announced sha256, if any."""
     have = partial.stat().st_size if partial.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
@@ -38,9 +38,7 @@ def _download(url: str, partial: Path) -> str | None:
         total = have + int(response.headers.get("Content-Length", 0))
         with (
             partial.open("ab" if resumed else "wb") as file,
-            tqdm(
-                total=total or None, initial=have, unit="B", unit_scale=True, desc=partial.stem
-            ) as bar,
+            tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name) as bar,
         ):
             for block in response.iter_content(BLOCK):
                 file.write(block)
@@ -68,7 +66,7 @@ def fetch(source: WeightSource, folder: Path | None = None) -> Path:
         partial = folder / f".{source.file}.{number}.part"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            announced = _download(url, partial)
+            announced = _download(url, partial, source.file)
         except (requests.RequestException, OSError) as error:
             reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
             continue

@@ -35,7 +35,6 @@ from harmonica.samplers import State
 from harmonica.sampling import sample, trajectories
 from harmonica.schedule import Schedule
 
-PUBLISHED_BETA = 7e-8
 DEFAULT_UPDATES = 2000
 PREVIEW_IMAGES = 12
 
@@ -93,13 +92,15 @@ class BetaControl:
 
     Without a target beta stays as given. With one it starts where the price and the error weigh
     about the same, then follows ``log beta += gain * (target - share)`` after every trajectory.
+    ``share`` counts scores below one half: so the scores that the target cuts between stay where
+    the sigmoid is steepest, far from the bounds of the logits.
     """
 
     GAIN = 0.5
 
     def __init__(self, beta: float | None, has_target: bool):
         self.has_target = has_target
-        self.beta = beta if beta is not None else (0.0 if has_target else PUBLISHED_BETA)
+        self.beta = 0.0 if beta is None else beta
 
     def start(self, weighted_errors: list[float], num_branches: int) -> None:
         """Balance the price against ``lambda_s * mse_s``, if it was not given."""
@@ -123,7 +124,7 @@ class Trainer:
             config.global_batch_size, halves, processes, "--global-batch-size"
         )
         self.lambda_samples = samples_per_process(
-            config.lambda_batch_size or config.global_batch_size,
+            config.lambda_batch_size or 2 * config.global_batch_size,
             halves,
             processes,
             "--lambda-batch-size",
@@ -140,13 +141,10 @@ class Trainer:
             router_optimizer(self.router, config.lr, config.adam_eps)
         )
         self.schedule()  # a target out of reach is refused before anything is written
-        self.beta = BetaControl(
-            config.l1, config.target_cur is not None or config.target_speedup is not None
-        )
+        self.beta = BetaControl(config.l1, config.has_target)
         self.weights = torch.zeros(config.num_sampling_steps)
         self.refreshes: list[tuple[int, list[float]]] = []
         self.updates = self.trajectories = 0
-        self.model_evaluations = 0
 
     # Schedules.
 
@@ -162,7 +160,7 @@ class Trainer:
     def masking(self) -> Masking:
         """How the scores act now; with a target, the cut is where the exported schedule cuts."""
         cut = self.config.threshold
-        if self.beta.has_target:
+        if self.config.has_target:
             reused = ~torch.from_numpy(self.schedule().compute.copy())
             scores = self.router.logits().sigmoid().cpu()
             cut = scores[reused].max().item() if reused.any() else 0.0
@@ -225,7 +223,7 @@ class Trainer:
         weighted = self.weights[1 : 1 + len(errors)] * errors
         self.beta.start(weighted.tolist(), len(self.backbone.costs.names))
         table = self.schedule().compute[1:]
-        below = self.router.logits()[1:].sigmoid() <= self.config.threshold
+        below = self.router.logits()[1:] <= 0
         self.beta.update(below.float().mean().item(), 1.0 - float(table.mean()))
 
     def run(self) -> RunDirectory:

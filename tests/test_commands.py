@@ -1,6 +1,7 @@
 """The command-line files as a user runs them: what they make, and what they refuse."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -13,68 +14,17 @@ from harmonica.router import RouterFile, RouterInfo, load_router, save_router
 from harmonica.schedule import Schedule
 
 TINY = ["--num-sampling-steps", "4", "--global-batch-size", "4"]
-PUBLISHED_TRAIN = [
-    "--results-dir",
-    "results",
-    "--model",
-    "DiT-XL/2",
-    "--image-size",
-    "256",
-    "--num-classes",
-    "1000",
-    "--epochs",
-    "2000",
-    "--global-batch-size",
-    "64",
-    "--global-seed",
-    "42",
-    "--vae",
-    "ema",
-    "--num-works",
-    "8",
-    "--log-every",
-    "100",
-    "--ckpt-every",
-    "1000",
-    "--wandb",
-    "--num-sampling-steps",
-    "10",
-    "--l1",
-    "7e-8",
-    "--lr",
-    "0.01",
-    "--max-steps",
-    "20000",
-    "--cfg-scale",
-    "1.5",
-    "--ste-threshold",
-    "0.1",
-    "--lambda-c",
-    "500",
-]
-PUBLISHED_SAMPLE = [
-    "--model",
-    "DiT-XL/2",
-    "--vae",
-    "ema",
-    "--image-size",
-    "256",
-    "--num-classes",
-    "1000",
-    "--cfg-scale",
-    "4",
-    "--num-sampling-steps",
-    "10",
-    "--seed",
-    "42",
-    "--accelerate-method",
-    "dynamiclayer",
-    "--ddim-sample",
-    "--path",
-    "Path/To/The/Trained/Router/",
-    "--thres",
-    "0.1",
-]
+PUBLISHED_TRAIN = shlex.split(
+    "--results-dir results --model DiT-XL/2 --image-size 256 --num-classes 1000 --epochs 2000 "
+    "--global-batch-size 64 --global-seed 42 --vae ema --num-works 8 --log-every 100 "
+    "--ckpt-every 1000 --wandb --num-sampling-steps 10 --l1 7e-8 --lr 0.01 --max-steps 20000 "
+    "--cfg-scale 1.5 --ste-threshold 0.1 --lambda-c 500"
+)
+PUBLISHED_SAMPLE = shlex.split(
+    "--model DiT-XL/2 --vae ema --image-size 256 --num-classes 1000 --cfg-scale 4 "
+    "--num-sampling-steps 10 --seed 42 --accelerate-method dynamiclayer --ddim-sample "
+    "--path Path/To/The/Trained/Router/ --thres 0.1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +147,7 @@ def test_published_command_lines_parse(tmp_path):
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load(done.stdout)
     expected = {"threshold": 0.1, "l1": 7e-8, "num_workers": 8, "wandb": True, "lambda_c": 500}
+    expected |= {"target_cur": None, "lambda_form": "published"}
     assert {name: config[name] for name in expected} == expected
     done = run_command("sample.py", *PUBLISHED_SAMPLE, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

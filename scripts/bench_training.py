@@ -1,0 +1,82 @@
+"""Cost of router training: `python scripts/bench_training.py`, with the flags of train_router.py.
+
+Prints the time of one router update as a multiple of one plain forward of the same rows (3 is the
+ideal: teacher, student, backward), the model evaluations of one lambda refresh, and peak memory.
+Forwards and updates are timed in turn, so that a busy moment hits both; ratios are per pair.
+"""
+
+import dataclasses
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from harmonica.config import TrainConfig, parse
+from harmonica.errors import run_command
+from harmonica.trainer import Trainer
+
+TRAJECTORIES = 6
+
+
+def bench() -> None:
+    config = parse(TrainConfig, __doc__.split("\n")[0])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(dataclasses.replace(config, results_dir=Path(folder)))
+        measure(trainer)
+
+
+def seconds(run, device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(trainer: Trainer) -> None:
+    device, steps = trainer.backbone.device, trainer.config.num_sampling_steps
+    batch = trainer.batch("train", 0, trainer.samples)
+
+    @torch.no_grad()
+    def forwards() -> None:
+        with trainer.accelerator.autocast():
+            for s in range(steps):
+                batch.predict(s, batch.x_T)
+
+    calls: list[int] = []
+    hook = trainer.backbone.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.refresh_weights()
+    hook.remove()
+    ratios, per_update = [], []
+    for k in range(TRAJECTORIES + 1):
+        forward = seconds(forwards, device) / steps
+        # The first step of a trajectory is one plain forward without an update.
+        update = (seconds(lambda: trainer.train_one(None), device) - forward) / (steps - 1)
+        if k > 0:  # the first pair warms up
+            ratios.append(update / forward)
+            per_update.append(update)
+    rows = trainer.samples * trainer.backbone.guidance.halves
+    print(f"device                   {device}, {torch.get_num_threads()} threads, {rows} rows")
+    print(f"one router update        {statistics.median(per_update) * 1e3:.1f} ms")
+    print(
+        f"in plain forwards        {statistics.median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f}, {TRAJECTORIES} trajectories; ideal 3)"
+    )
+    limit = steps + steps * (steps - 1) // 2
+    print(f"lambda refresh           {len(calls)} model evaluations (T + T(T-1)/2 = {limit})")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        print(f"peak memory, GPU         {peak:.2f} GiB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory, process     {peak:.2f} GiB")
+
+
+def main() -> None:
+    run_command(bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Fetching checkpoints, against a server in this process."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import Golden
+from safetensors.torch import save_file
+
+from harmonica.backbone import load_weights
+from harmonica.downloads import fetch, state, verify
+from harmonica.errors import HarmonicaError
+from models import WeightSource
+from models.dit import DiT, DiTConfig
+
+CONTENT = bytes(range(256)) * 5000
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT; ``drop_at`` cuts the connection once, ``announced`` is the Hub's hash."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.drop_at: int | None = None
+        self.announced: str | None = None
+        self.content = CONTENT
+        self.ranges: list[str | None] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/weights.pt"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, wanted = self.server, self.headers.get("Range")
+        server.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if wanted and start >= len(server.content):
+            self.send_response(416)
+            self.end_headers()
+            return
+        body = server.content[start:]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if server.announced:
+            self.send_header("X-Linked-ETag", f'"{server.announced}"')
+        self.end_headers()
+        if server.drop_at is not None:
+            body, server.drop_at = body[: server.drop_at], None
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.shutdown()
+
+
+def source(*urls: str) -> WeightSource:
+    return WeightSource("weights.pt", urls, size=1000)
+
+
+def test_a_file_is_fetched_once_and_verified(server, tmp_path):
+    server.announced = hashlib.sha256(CONTENT).hexdigest()
+    path = fetch(source(server.url), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert verify(path) == server.announced
+    fetch(source(server.url), tmp_path)
+    assert len(server.ranges) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["weights.pt", "weights.pt.sha256"]
+
+
+def test_an_interrupted_fetch_resumes(server, tmp_path):
+    server.drop_at = 1_100_000
+    with pytest.raises(HarmonicaError):
+        fetch(source(server.url), tmp_path)
+    assert not (tmp_path / "weights.pt").exists()
+    assert "partly fetched" in state(source(server.url), tmp_path)
+    assert fetch(source(server.url), tmp_path).read_bytes() == CONTENT
+    assert server.ranges[0] is None and server.ranges[1].startswith("bytes=")
+
+
+def test_the_second_address_is_tried(server, tmp_path):
+    path = fetch(source("http://127.0.0.1:9/none", server.url), tmp_path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_file_that_is_not_the_announced_one_is_refused(server, tmp_path):
+    server.announced = "0" * 64
+    with pytest.raises(HarmonicaError, match="not the expected file"):
+        fetch(source(server.url), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_page_is_not_a_checkpoint(server, tmp_path):
+    server.content = b"<html>sorry</html>"
+    with pytest.raises(HarmonicaError, match="not the expected file"):
+        fetch(source(server.url), tmp_path)
+
+
+def test_a_file_that_changed_is_noticed(server, tmp_path):
+    path = fetch(source(server.url), tmp_path)
+    path.write_bytes(CONTENT[:-1] + b"x")
+    with pytest.raises(HarmonicaError, match="changed since"):
+        verify(path)
+
+
+@pytest.mark.parametrize("layout", ["bare", "ema", "safetensors"])
+def test_checkpoint_layouts_load(golden_b: Golden, tmp_path, layout):
+    weights, path = golden_b.model.state_dict(), tmp_path / "weights"
+    if layout == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"ema": weights, "opt": {}} if layout == "ema" else weights, path)
+    model = DiT(DiTConfig(**golden_b.hparams["model"]))
+    load_weights(model, path, "DiT")
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_names_the_tensor(golden_b: Golden, tmp_path):
+    torch.save(golden_b.model.state_dict(), tmp_path / "w.pt")
+    other = DiT(DiTConfig(**{**golden_b.hparams["model"], "num_classes": 3}))
+    with pytest.raises(HarmonicaError, match=r"y_embedder\.embedding_table\.weight is \(8, 48\)"):
+        load_weights(other, tmp_path / "w.pt", "DiT")
+    deeper = DiT(DiTConfig(**{**golden_b.hparams["model"], "depth": 5}))
+    with pytest.raises(HarmonicaError, match=r"blocks\.4.* is missing"):
+        load_weights(deeper, tmp_path / "w.pt", "DiT")
