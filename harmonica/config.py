@@ -66,8 +66,12 @@ class TrainConfig(BackboneConfig):
     """Router training."""
 
     results_dir: Path = option(Path("results"), "parent folder of numbered run directories")
-    epochs: int | None = option(None, "trajectories to train on; default: until --max-steps", low=1)
-    max_steps: int | None = option(None, "router updates; default: until --epochs", low=1)
+    epochs: int | None = option(
+        None, "trajectories to train on; whichever of this and --max-steps ends first", low=1
+    )
+    max_steps: int | None = option(
+        None, "router updates; 1000 if --epochs is not given either", low=1
+    )
     global_batch_size: int = option(
         16, "model rows per forward over all processes; guidance takes two rows a sample", low=1
     )
@@ -96,6 +100,9 @@ class TrainConfig(BackboneConfig):
     stores_fresh: bool = option(
         True, "cache what was computed, as replay does; off: the blend, as published"
     )
+    compares_all: bool = option(
+        False, "compare every output channel, as published, not only those the sampler uses"
+    )
     init_mean: float = option(0.0, "mean of the initial logits", low=-5, high=5)
     init_std: float = option(0.1, "standard deviation of the initial logits", low=0)
     lambda_c: int = option(200, "updates between refreshes of the image-error weights", low=1)
@@ -122,6 +129,10 @@ class TrainConfig(BackboneConfig):
         """Fill in what follows from other fields, so that a run records what it did."""
         if self.l1 is None and self.target_speedup is None and self.target_cur is None:
             object.__setattr__(self, "target_cur", 0.5)
+        if self.epochs is None and self.max_steps is None:
+            object.__setattr__(self, "max_steps", 1000)
+        if self.lambda_batch_size is None:
+            object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
         if self.lambda_form is None:
             form = "sensitivity" if self.has_target else "published"
             object.__setattr__(self, "lambda_form", form)

@@ -90,6 +90,8 @@ class Trajectories:
         y: (n,) labels.
         x_T: (n, C, H, W) start noise.
         noise: s to the noise added after evaluation s; None for deterministic samplers.
+        compares_all: whether ``output_error`` takes every row and channel, as published, or only
+            those that the sampler uses.
     """
 
     model: nn.Module
@@ -98,6 +100,7 @@ class Trajectories:
     y: Tensor
     x_T: Tensor
     noise: Callable[[int], Tensor] | None = None
+    compares_all: bool = True
 
     @property
     def num_steps(self) -> int:
@@ -115,3 +118,12 @@ class Trajectories:
         stop: int | None = None,
     ) -> State:
         return denoise(self.sampler, state, predict, start=start, stop=stop, noise=self.noise)
+
+    def output_error(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Mean squared difference of two guided outputs, ()."""
+        difference = teacher - student
+        if not self.compares_all:
+            # Both halves carry the same guided noise; the variance is not every sampler's affair.
+            channels = self.x_T.shape[1] * (2 if self.sampler.uses_variance else 1)
+            difference = difference[: len(self.x_T), :channels]
+        return difference.square().mean()

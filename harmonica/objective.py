@@ -79,7 +79,7 @@ def leave_one_out(student: Student) -> ImageErrors:
             forced: dict[int, Tensor] = {}
             predict = _recorded(student.predict(branched, forced=s), forced)
             images.append(batch.walk(state, predict, start=s).x)
-            output_errors.append((forced[s] - here[s]).square().mean())
+            output_errors.append(batch.output_error(forced[s], here[s]))
         state = following
     return ImageErrors.of([(state.x - image).square().mean() for image in images], output_errors)
 
@@ -97,7 +97,7 @@ def cumulative(student: Student) -> ImageErrors:
         here: dict[int, Tensor] = {}
         state = batch.walk(state, _recorded(student.predict(cache), here), start=s, stop=s + 1)
         if s > 0:
-            output_errors.append((computed[s] - here[s]).square().mean())
+            output_errors.append(batch.output_error(computed[s], here[s]))
         images.append(batch.walk(state, _recorded(batch.predict, computed), start=s + 1).x)
     pairs = zip(images[1:], images[:-1], strict=True)
     return ImageErrors.of([(a - b).square().mean() for a, b in pairs], output_errors)
@@ -124,8 +124,12 @@ def image_error_weights(image: Tensor, output: Tensor, form: str) -> Tensor:
     return weights / weights[1:].mean()
 
 
-def iepo_loss(
-    teacher: Tensor, student: Tensor, scores: Tensor, weight: float, beta: float
-) -> Tensor:
-    """HarmoniCa eq. 8: ``lambda_s * mean((teacher - student)^2) + beta * sum_i r_{s,i}``."""
-    return weight * (teacher - student).square().mean() + beta * scores.sum()
+def iepo_loss(error: Tensor, scores: Tensor, weight: float, beta: float) -> Tensor:
+    """HarmoniCa eq. 8: ``lambda_s * error_s + beta * sum_i r_{s,i}``.
+
+    Args:
+        error: () mean squared difference of teacher and student outputs at step s.
+        scores: (N,) router scores of step s.
+        weight: lambda_s.
+    """
+    return weight * error + beta * scores.sum()

@@ -29,11 +29,13 @@ class Sampler(Protocol):
         name: the value of ``--sampler``.
         timesteps: (T,) the time the model is given at every evaluation, in sampling order.
         stochastic: whether ``step`` wants noise.
+        uses_variance: whether ``step`` reads the learned variance channels.
     """
 
     name: str
     timesteps: tuple[float, ...]
     stochastic: bool
+    uses_variance: bool
 
     def step(self, s: int, state: State, output: Tensor, noise: Tensor | None) -> State:
         """The state after evaluation ``s``.
@@ -53,6 +55,7 @@ class DDIM:
     diffusion: Diffusion
     eta: float = 0.0
     name = "ddim"
+    uses_variance = False
 
     @property
     def timesteps(self) -> tuple[float, ...]:
@@ -81,6 +84,7 @@ class IDDPM:
     diffusion: Diffusion
     name = "iddpm"
     stochastic = True
+    uses_variance = True
 
     @property
     def timesteps(self) -> tuple[float, ...]:

@@ -1,10 +1,7 @@
-"""Step-wise denoising training (SDT) of a router, with the image error proxy objective."""
+"""A training run of a router: batches, weights, updates, budget, logging, export."""
 
 import io
-import math
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.backbone import load_backbone, load_decoder
-from harmonica.cache import Cache, Masking
+from harmonica.cache import Masking
 from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError
@@ -31,85 +28,11 @@ from harmonica.router import (
     threshold_schedule,
 )
 from harmonica.run_directory import RunDirectory
-from harmonica.samplers import State
 from harmonica.sampling import sample, trajectories
 from harmonica.schedule import Schedule
+from harmonica.sdt import BetaControl, StepError, router_optimizer, train_trajectory
 
-DEFAULT_UPDATES = 2000
 PREVIEW_IMAGES = 12
-
-
-@dataclass(frozen=True)
-class StepOutputs:
-    """What one training step saw, for the loss: guided outputs of all model rows, scores (N,)."""
-
-    s: int
-    teacher: Tensor
-    student: Tensor
-    scores: Tensor
-
-
-def train_trajectory(
-    batch: Trajectories,
-    router: Router,
-    masking: Masking,
-    update: Callable[[StepOutputs], None],
-    stop: int | None = None,
-) -> State:
-    """Roll the student out from noise; after every step but the first, call ``update``.
-
-    Teacher and student both start from the student's x_s, so errors of earlier reuse are in x and
-    in the cache when later steps learn. ``update`` may change the router's row of its step.
-    """
-    cache = Cache(len(batch.model.branch_names))
-
-    def predict(s: int, x: Tensor) -> Tensor:
-        # The first step computes everything and fills the cache.
-        if s == 0:
-            with torch.no_grad():
-                row = torch.full_like(router.row(1), torch.inf)
-                return batch.predict(s, x, masking.branches(cache, row))
-        # Teacher.
-        with torch.no_grad():
-            teacher = batch.predict(s, x)
-        # Student.
-        logits = router.row(s)
-        student = batch.predict(s, x, masking.branches(cache, logits))
-        # Router update.
-        update(StepOutputs(s, teacher, student, logits.sigmoid()))
-        return student.detach()
-
-    return batch.walk(State(batch.x_T), predict, stop=stop)
-
-
-def router_optimizer(router: Router, lr: float, eps: float) -> torch.optim.AdamW:
-    """AdamW that keeps its state per row: a row without gradient is left alone, moments and all."""
-    return torch.optim.AdamW(router.parameters(), lr=lr, eps=eps, weight_decay=0.0)
-
-
-class BetaControl:
-    """The price of a computed branch, fixed or steered towards a share of reused branches.
-
-    Without a target beta stays as given. With one it starts where the price and the error weigh
-    about the same, then follows ``log beta += gain * (target - share)`` after every trajectory.
-    ``share`` counts scores below one half: so the scores that the target cuts between stay where
-    the sigmoid is steepest, far from the bounds of the logits.
-    """
-
-    GAIN = 0.5
-
-    def __init__(self, beta: float | None, has_target: bool):
-        self.has_target = has_target
-        self.beta = 0.0 if beta is None else beta
-
-    def start(self, weighted_errors: list[float], num_branches: int) -> None:
-        """Balance the price against ``lambda_s * mse_s``, if it was not given."""
-        if self.has_target and self.beta == 0.0:
-            self.beta = 4 * statistics.fmean(weighted_errors) / num_branches
-
-    def update(self, share: float, target: float) -> None:
-        if self.has_target:
-            self.beta *= math.exp(self.GAIN * (target - share))
 
 
 class Trainer:
@@ -124,7 +47,7 @@ class Trainer:
             config.global_batch_size, halves, processes, "--global-batch-size"
         )
         self.lambda_samples = samples_per_process(
-            config.lambda_batch_size or 2 * config.global_batch_size,
+            config.lambda_batch_size,
             halves,
             processes,
             "--lambda-batch-size",
@@ -173,7 +96,8 @@ class Trainer:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         first = (number * processes + rank) * samples
         draws = Draws(self.config.global_seed, purpose)
-        return trajectories(self.backbone, draws, range(first, first + samples))
+        batch = trajectories(self.backbone, draws, range(first, first + samples))
+        return replace(batch, compares_all=self.config.compares_all)
 
     # Training.
 
@@ -188,19 +112,17 @@ class Trainer:
         self.weights = weights
         self.refreshes.append((self.updates, weights.tolist()))
 
-    def update(self, outputs: StepOutputs) -> Tensor:
+    def update(self, step: StepError) -> Tensor:
         """One AdamW step of one row; returns (3,) loss, teacher-student error, sum of scores."""
-        s, row = outputs.s, self.router.row(outputs.s)
-        weight = self.weights[s].item()
-        loss = iepo_loss(outputs.teacher, outputs.student, outputs.scores, weight, self.beta.beta)
+        row, weight = self.router.row(step.s), self.weights[step.s].item()
+        loss = iepo_loss(step.error, step.scores, weight, self.beta.beta)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         row.grad = self.accelerator.reduce(row.grad, "mean")
         self.optimizer.step()
-        self.router.clamp(s)
+        self.router.clamp(step.s)
         self.updates += 1
-        mse = (outputs.teacher - outputs.student).detach().square().mean()
-        return torch.stack([loss.detach(), mse, outputs.scores.detach().sum()])
+        return torch.stack([loss, step.error, step.scores.sum()]).detach()
 
     def train_one(self, remaining: int | None) -> Tensor:
         """One trajectory of at most ``remaining`` updates; returns what they returned, (n, 3)."""
@@ -212,7 +134,7 @@ class Trainer:
                 batch,
                 self.router,
                 self.masking(),
-                lambda outputs: records.append(self.update(outputs)),
+                lambda step: records.append(self.update(step)),
                 stop,
             )
         self.trajectories += 1
@@ -238,7 +160,7 @@ class Trainer:
             for count in (config.max_steps, config.epochs and config.epochs * steps)
             if count is not None
         ]
-        total = min(limits, default=DEFAULT_UPDATES)
+        total = min(limits)
         directory = self._start_tracking()
         refresh_at = 0
         with tqdm(total=total, desc="router", unit="update", disable=not self._is_main) as bar:
@@ -272,12 +194,17 @@ class Trainer:
         return self.accelerator.is_main_process
 
     def _start_tracking(self) -> RunDirectory | None:
-        """The run directory, on the main process; and wandb, if it was asked for."""
+        """The run directory, on the main process; and wandb inside it, if it was asked for."""
+        directory = (
+            RunDirectory.create(self.config.results_dir, self.config) if self._is_main else None
+        )
         if self.config.wandb:
-            self.accelerator.init_trackers("harmonica", config=hyperparameters(self.config))
-        if not self._is_main:
-            return None
-        return RunDirectory.create(self.config.results_dir, self.config)
+            self.accelerator.init_trackers(
+                "harmonica",
+                config=hyperparameters(self.config),
+                init_kwargs={"wandb": {"dir": str(directory.path) if directory else None}},
+            )
+        return directory
 
     def _log(self, directory: RunDirectory | None, table: Tensor) -> None:
         loss, mse, l1 = table.mean(dim=0).tolist()

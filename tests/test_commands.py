@@ -55,6 +55,17 @@ def test_a_run_directory_holds_everything(run):
         assert np.asarray(Image.open(run / picture)).std() > 0
 
 
+def test_wandb_is_touched_only_when_asked_for(run, tmp_path):
+    assert not list(run.parent.parent.rglob("*wandb*"))
+    done = run_command(
+        "train_router.py", *TINY, "--max-steps", "3", "--wandb", "--log-every", "1", cwd=tmp_path,
+        WANDB_MODE="offline",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "000-DiT-Ti-4-T4" / "wandb"
+    assert list(folder.glob("offline-run-*/run-*.wandb"))
+
+
 def test_the_resolved_config_is_a_preset(run, tmp_path):
     done = run_command(
         "train_router.py", "--config", run / "config.yaml", "--dry-run", cwd=tmp_path
@@ -198,6 +209,7 @@ def refusals(tmp_path):
         ([train, "--no-such-flag"], "--no-such-flag"),
         ([train, "--results-dir", "foreign"], "--results-dir foreign"),
         ([train, "--results-dir", "file"], "--results-dir file"),
+        ([train, "--results-dir", "file/below"], "--results-dir file/below"),
         ([train, "--ckpt", "absent.pt"], "--ckpt absent.pt"),
         ([train, "--ckpt", "file"], "file"),
         ([train, "--model", "DiT-S/2"], "--ckpt"),

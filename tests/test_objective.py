@@ -14,7 +14,7 @@ from harmonica.objective import (
 )
 from harmonica.router import Router
 from harmonica.samplers import State, create_sampler
-from harmonica.trainer import router_optimizer, train_trajectory
+from harmonica.sdt import router_optimizer, train_trajectory
 
 
 def student(golden: Golden, **changes) -> Student:
@@ -86,7 +86,7 @@ def test_output_errors_are_those_of_teacher_and_student(golden: Golden, estimato
         subject.trajectories,
         Router(golden.logits),
         subject.masking,
-        lambda o: seen.update({o.s: (o.teacher - o.student).detach().square().mean()}),
+        lambda o: seen.update({o.s: o.error.detach()}),
     )
     expected = torch.stack([seen[s] for s in range(1, golden.num_steps)])
     assert relative(estimator(subject).output[1:], expected) < 1e-5
@@ -122,12 +122,11 @@ def test_training_equals_the_recorded_run(golden: Golden):
 
         def update(o, refresh=refresh):
             nonlocal k
-            mse = (o.teacher - o.student).square().mean()
             weight = float(refresh[o.s - 1])
-            loss = iepo_loss(o.teacher, o.student, o.scores, weight, hparams["beta"])
+            loss = iepo_loss(o.error, o.scores, weight, hparams["beta"])
             optimizer.zero_grad()
             loss.backward()
-            assert relative(mse, arrays["train/mse"][k]) < limits["mse"]
+            assert relative(o.error.detach(), arrays["train/mse"][k]) < limits["mse"]
             assert relative(loss.detach(), arrays["train/loss"][k]) < limits["loss"]
             assert relative(router.row(o.s).grad, arrays["train/grad"][k]) < limits["grad"]
             optimizer.step()
@@ -149,7 +148,7 @@ def test_only_the_used_row_changes_and_the_backbone_has_no_gradient(golden: Gold
     def update(o):
         before = [row.detach().clone() for row in router.rows]
         optimizer.zero_grad()
-        iepo_loss(o.teacher, o.student, o.scores, 1.0, 1e-6).backward()
+        iepo_loss(o.error, o.scores, 1.0, 1e-6).backward()
         optimizer.step()
         changed = [not torch.equal(a, b) for a, b in zip(before, router.rows, strict=True)]
         assert changed == [s == o.s for s in range(1, golden.num_steps)]
@@ -157,3 +156,16 @@ def test_only_the_used_row_changes_and_the_backbone_has_no_gradient(golden: Gold
     train_trajectory(golden.trajectories(), router, masking, update)
     train_trajectory(golden.trajectories(), router, masking, update)
     assert all(p.grad is None and not p.requires_grad for p in golden.model.parameters())
+
+
+def test_channels_that_the_sampler_ignores_do_not_count(golden: Golden):
+    batch = golden.trajectories(compares_all=False)
+    output = batch.predict(1, batch.x_T)
+    channels = batch.x_T.shape[1]
+    other = output.clone()
+    other[:, channels:] += 1.0
+    other[len(batch.x_T) :] += 1.0
+    assert batch.output_error(output, other) == 0
+    learned = golden.trajectories(create_sampler("iddpm", golden.num_steps), compares_all=False)
+    assert learned.output_error(output, other) == pytest.approx(0.5)
+    assert golden.trajectories().output_error(output, other) > 0.5

@@ -14,7 +14,8 @@ from harmonica.errors import HarmonicaError
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.sampling import sample
-from harmonica.trainer import BetaControl, Trainer, samples_per_process
+from harmonica.sdt import BetaControl
+from harmonica.trainer import Trainer, samples_per_process
 
 ARGUMENTS = [
     "--num-sampling-steps", "4", "--global-batch-size", "8", "--max-steps", "9", "--lambda-c", "4",

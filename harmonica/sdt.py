@@ -1,0 +1,86 @@
+"""Step-wise denoising training (SDT): the trajectory in which a router learns, and its price."""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harmonica.cache import Cache, Masking
+from harmonica.denoise import Trajectories
+from harmonica.router import Router
+from harmonica.samplers import State
+
+
+@dataclass(frozen=True)
+class StepError:
+    """One training step: error () of the student's output against the teacher's, scores (N,)."""
+
+    s: int
+    error: Tensor
+    scores: Tensor
+
+
+def train_trajectory(
+    batch: Trajectories,
+    router: Router,
+    masking: Masking,
+    update: Callable[[StepError], None],
+    stop: int | None = None,
+) -> State:
+    """Roll the student out from noise; after every step but the first, call ``update``.
+
+    Teacher and student both start from the student's x_s, so errors of earlier reuse are in x and
+    in the cache when later steps learn. ``update`` may change the router's row of its step.
+    """
+    cache = Cache(len(batch.model.branch_names))
+
+    def predict(s: int, x: Tensor) -> Tensor:
+        # The first step computes everything and fills the cache.
+        if s == 0:
+            with torch.no_grad():
+                row = torch.full_like(router.row(1), torch.inf)
+                return batch.predict(s, x, masking.branches(cache, row))
+        # Teacher.
+        with torch.no_grad():
+            teacher = batch.predict(s, x)
+        # Student.
+        logits = router.row(s)
+        student = batch.predict(s, x, masking.branches(cache, logits))
+        # Router update.
+        update(StepError(s, batch.output_error(teacher, student), logits.sigmoid()))
+        return student.detach()
+
+    return batch.walk(State(batch.x_T), predict, stop=stop)
+
+
+def router_optimizer(router: Router, lr: float, eps: float) -> torch.optim.AdamW:
+    """AdamW that keeps its state per row: a row without gradient is left alone, moments and all."""
+    return torch.optim.AdamW(router.parameters(), lr=lr, eps=eps, weight_decay=0.0)
+
+
+class BetaControl:
+    """The price of a computed branch, fixed or steered towards a share of reused branches.
+
+    Without a target beta stays as given. With one it starts where the price and the error weigh
+    about the same, then follows ``log beta += gain * (target - share)`` after every trajectory.
+    ``share`` counts scores below one half: so the scores that the target cuts between stay where
+    the sigmoid is steepest, far from the bounds of the logits.
+    """
+
+    GAIN = 0.5
+
+    def __init__(self, beta: float | None, has_target: bool):
+        self.has_target = has_target
+        self.beta = 0.0 if beta is None else beta
+
+    def start(self, weighted_errors: list[float], num_branches: int) -> None:
+        """Balance the price against ``lambda_s * mse_s``, if it was not given."""
+        if self.has_target and self.beta == 0.0:
+            self.beta = 4 * statistics.fmean(weighted_errors) / num_branches
+
+    def update(self, share: float, target: float) -> None:
+        if self.has_target:
+            self.beta *= math.exp(self.GAIN * (target - share))
