@@ -1,7 +1,6 @@
 """Step-wise denoising training (SDT): the trajectory in which a router learns, and its price."""
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,22 +63,27 @@ def router_optimizer(router: Router, lr: float, eps: float) -> torch.optim.AdamW
 class BetaControl:
     """The price of a computed branch, fixed or steered towards a share of reused branches.
 
-    Without a target beta stays as given. With one it starts where the price and the error weigh
-    about the same, then follows ``log beta += gain * (target - share)`` after every trajectory.
-    ``share`` counts scores below one half: so the scores that the target cuts between stay where
-    the sigmoid is steepest, far from the bounds of the logits.
+    Without a target beta stays as given. With one, the first trajectory goes without a price and
+    shows what each branch is worth; beta starts as the quantile of those worths at the target, then
+    follows ``log beta += gain * (target - share)`` after every trajectory. ``share`` counts scores
+    below one half: so the scores that the target cuts between stay where the sigmoid is steepest,
+    far from the bounds of the logits.
     """
 
-    GAIN = 0.5
+    GAIN = 1.0
 
     def __init__(self, beta: float | None, has_target: bool):
         self.has_target = has_target
         self.beta = 0.0 if beta is None else beta
 
-    def start(self, weighted_errors: list[float], num_branches: int) -> None:
-        """Balance the price against ``lambda_s * mse_s``, if it was not given."""
-        if self.has_target and self.beta == 0.0:
-            self.beta = 4 * statistics.fmean(weighted_errors) / num_branches
+    @property
+    def is_unset(self) -> bool:
+        return self.has_target and self.beta == 0.0
+
+    def start(self, worths: Tensor, target: float) -> None:
+        """Set the first price from what a unit of score saves in weighted error, any shape."""
+        quantile = torch.quantile(worths.flatten().double(), target).item()
+        self.beta = max(quantile, torch.finfo(torch.float32).tiny)
 
     def update(self, share: float, target: float) -> None:
         if self.has_target:

@@ -112,8 +112,13 @@ class Trainer:
         self.weights = weights
         self.refreshes.append((self.updates, weights.tolist()))
 
-    def update(self, step: StepError) -> Tensor:
-        """One AdamW step of one row; returns (3,) loss, teacher-student error, sum of scores."""
+    def update(self, step: StepError) -> tuple[Tensor, Tensor]:
+        """One AdamW step of one row.
+
+        Returns:
+            (3,) loss, teacher-student error, sum of scores; and (N,) what a unit of each score
+            saves in weighted error.
+        """
         row, weight = self.router.row(step.s), self.weights[step.s].item()
         loss = iepo_loss(step.error, step.scores, weight, self.beta.beta)
         self.optimizer.zero_grad()
@@ -122,11 +127,17 @@ class Trainer:
         self.optimizer.step()
         self.router.clamp(step.s)
         self.updates += 1
-        return torch.stack([loss, step.error, step.scores.sum()]).detach()
+        scores = step.scores.detach()
+        worths = self.beta.beta - row.grad / (scores * (1 - scores))
+        return torch.stack([loss.detach(), step.error.detach(), scores.sum()]), worths
 
     def train_one(self, remaining: int | None) -> Tensor:
-        """One trajectory of at most ``remaining`` updates; returns what they returned, (n, 3)."""
-        records: list[Tensor] = []
+        """One trajectory of at most ``remaining`` updates.
+
+        Returns:
+            (updates, 3): loss, teacher-student error, sum of scores; averaged over processes.
+        """
+        results: list[tuple[Tensor, Tensor]] = []
         batch = self.batch("train", self.trajectories, self.samples)
         stop = batch.num_steps if remaining is None else min(batch.num_steps, remaining + 1)
         with self.accelerator.autocast():
@@ -134,19 +145,24 @@ class Trainer:
                 batch,
                 self.router,
                 self.masking(),
-                lambda step: records.append(self.update(step)),
+                lambda step: results.append(self.update(step)),
                 stop,
             )
         self.trajectories += 1
-        return self.accelerator.reduce(torch.stack(records), "mean").cpu()
+        records, worths = (torch.stack(column) for column in zip(*results, strict=True))
+        self._steer_beta(worths)
+        return self.accelerator.reduce(records, "mean").cpu()
 
-    def steer_beta(self, errors: Tensor) -> None:
-        """After a trajectory with teacher-student errors (n,): move beta towards the target."""
-        weighted = self.weights[1 : 1 + len(errors)] * errors
-        self.beta.start(weighted.tolist(), len(self.backbone.costs.names))
-        table = self.schedule().compute[1:]
-        below = self.router.logits()[1:] <= 0
-        self.beta.update(below.float().mean().item(), 1.0 - float(table.mean()))
+    def _steer_beta(self, worths: Tensor) -> None:
+        """After a trajectory: move beta towards the target share of reused branches."""
+        if not self.config.has_target:
+            return
+        target = 1.0 - float(self.schedule().compute[1:].mean())
+        if self.beta.is_unset:
+            self.beta.start(worths, target)
+        else:
+            below = self.router.logits()[1:] <= 0
+            self.beta.update(below.float().mean().item(), target)
 
     def run(self) -> RunDirectory:
         """Train, export, draw.
@@ -175,7 +191,6 @@ class Trainer:
                         f"the loss is not finite after update {before}; lower --lr or use "
                         "--mixed-precision no"
                     )
-                self.steer_beta(table[:, 1])
                 bar.update(self.updates - before)
                 bar.set_postfix(cur=f"{self.schedule().cur:.1%}", mse=f"{table[:, 1].mean():.2e}")
                 if _passes(before, self.updates, config.log_every) or self.updates == total:

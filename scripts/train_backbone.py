@@ -8,7 +8,7 @@ when the command is repeated. Batches are a function of the step alone, so a res
 same data as one that was never stopped. ``--init`` starts from shipped weights instead, with a new
 optimiser.
 
-At every epoch, and at the end, the averaged weights are written in half precision
+Every ``--export-every`` epochs, and at the end, the averaged weights are written in half precision
 (``weights.safetensors``) with a grid of samples, one row per class (``samples.png``).
 """
 
@@ -232,7 +232,7 @@ def train(args: argparse.Namespace) -> None:
                 },
                 checkpoint,
             )
-        if step % batches.per_epoch == 0 or step == total:
+        if step % (args.export_every * batches.per_epoch) == 0 or step == total:
             export(ema, args.out)
 
 
@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--ema-decay", type=float, default=0.9995)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--export-every", type=int, default=5, help="epochs")
     parser.add_argument("--init", type=Path, help="weights to start from (.safetensors)")
     args = parser.parse_args()
     train(args)

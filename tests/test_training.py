@@ -85,15 +85,16 @@ def test_training_meets_its_target(target, tmp_path):
 
 def test_beta_moves_towards_the_target_and_otherwise_stays():
     control = BetaControl(None, has_target=True)
-    control.start([1e-6, 3e-6], num_branches=8)
-    assert control.beta == pytest.approx(1e-6)
+    assert control.is_unset
+    control.start(torch.tensor([1e-6, 2e-6, 3e-6]), target=0.5)
+    assert control.beta == pytest.approx(2e-6) and not control.is_unset
     control.update(share=0.2, target=0.5)
-    assert control.beta > 1e-6
+    assert control.beta > 2e-6
     raised = control.beta
     control.update(share=0.9, target=0.5)
     assert control.beta < raised
     fixed = BetaControl(3e-8, has_target=False)
-    fixed.start([1.0], 8)
+    assert not fixed.is_unset
     fixed.update(0.0, 0.5)
     assert fixed.beta == 3e-8
 
