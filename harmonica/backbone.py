@@ -20,6 +20,7 @@ from models import MODELS, create_model
 from models.dit import DiT, from_diffusers
 
 SD_LATENT_SCALE = 0.18215
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
@@ -48,6 +49,7 @@ class Backbone:
             image_size=self.image_size,
             num_classes=self.model.config.num_classes,
             sampler=self.sampler.name,
+            eta=getattr(self.sampler, "eta", None),
             num_sampling_steps=len(self.sampler.timesteps),
             timesteps=tuple(self.sampler.timesteps),
             cfg_scale=self.guidance.scale,
@@ -113,7 +115,9 @@ def load_weights(model: DiT, path: Path, name: str) -> None:
 
 
 def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
-    """The model, frozen, in eval mode, on the device; weights are downloaded if they are missing.
+    """The model, frozen, in eval mode, on the device and in the precision of the configuration.
+
+    Missing weights are downloaded. Sampler state stays float32 whatever the precision.
 
     Raises:
         HarmonicaError: weights that cannot be had or do not fit, or sizes that do not.
@@ -132,15 +136,16 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
             f"no weights are published for --model {config.model} at --image-size {size}; "
             "pass yours with --ckpt"
         )
+    weights_hash = verify(path)[:16]
     load_weights(model, path, config.model)
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval().to(device, DTYPES[config.mixed_precision])
     return Backbone(
         name=config.model,
         model=model,
         sampler=sampler,
         guidance=Guidance(config.cfg_scale, None if config.guide_all_channels else 3),
         image_size=size,
-        weights_hash=verify(path)[:16],
+        weights_hash=weights_hash,
         costs=measure_costs(model),
         device=device,
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from models.branch import Branch
@@ -107,6 +109,11 @@ class Blend:
         return blended
 
 
+def computing_branches(cache: Cache) -> list[Branch]:
+    """Branches of a step that computes everything and fills the cache."""
+    return replay_branches(cache, [True] * len(cache))
+
+
 def replay_branches(cache: Cache, row: Sequence[bool]) -> list[Branch]:
     """One Replay per branch for a step whose schedule row is ``row``."""
     return [Replay(cache, i, bool(computes)) for i, computes in enumerate(row)]
@@ -114,29 +121,29 @@ def replay_branches(cache: Cache, row: Sequence[bool]) -> list[Branch]:
 
 @dataclass(frozen=True)
 class Masking:
-    """How router scores act in the student.
+    """How router scores act in the student along one trajectory.
 
     Attributes:
+        computes: (T, N) bool, what counts as computed, so that its value enters the cache; known
+            before the trajectory starts, so that nothing is read back from the device on the way.
         kind: "soft" blends with the score, as published; "hard" decides, as replay will, and
             passes the gradient straight through to the score.
-        cut: the score above which a branch counts as computed and its value enters the cache.
         stores_fresh: with "soft", store the computed value rather than the (published) blend.
     """
 
-    kind: str = "soft"
-    cut: float = 0.1
-    stores_fresh: bool = False
+    computes: np.ndarray
+    kind: str
+    stores_fresh: bool
 
-    def branches(self, cache: Cache, logits: Tensor) -> list[Branch]:
-        """Branches of a step whose router row is ``logits`` (N,)."""
-        scores = logits.sigmoid()
-        computes = scores.detach() > self.cut
-        weights = scores
+    def branches(self, cache: Cache, s: int, logits: Tensor) -> list[Branch]:
+        """Branches of step s, whose router row is ``logits`` (N,)."""
+        weights = logits.sigmoid()
         if self.kind == "hard":
-            weights = computes.to(scores.dtype) + scores - scores.detach()
+            decided = torch.tensor(self.computes[s], dtype=weights.dtype, device=weights.device)
+            weights = decided + (weights - weights.detach())
         return [
-            Blend(cache, i, weight, replaces, self.stores_fresh)
+            Blend(cache, i, weight, bool(replaces), self.stores_fresh)
             for i, (weight, replaces) in enumerate(
-                zip(weights.unbind(), computes.tolist(), strict=True)
+                zip(weights.unbind(), self.computes[s], strict=True)
             )
         ]

@@ -7,7 +7,7 @@ of the published scripts working. Unknown keys are errors.
 import argparse
 import math
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -17,9 +17,22 @@ from harmonica.cache import MASKS
 from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
 from harmonica.objective import ESTIMATORS, FORMS
+from harmonica.router import load_router
 from harmonica.samplers import SAMPLERS
 from models import MODELS
 
+# Three ways to say how much to reuse, of which one counts.
+BUDGETS = {"l1", "target_cur", "target_speedup"}
+# What sampling takes over from a router file unless a flag says otherwise.
+SHARED_WITH_ROUTER = {
+    "model",
+    "image_size",
+    "num_classes",
+    "sampler",
+    "eta",
+    "num_sampling_steps",
+    "cfg_scale",
+}
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -76,7 +89,7 @@ class TrainConfig(BackboneConfig):
         16, "model rows per forward over all processes; guidance takes two rows a sample", low=1
     )
     global_seed: int = option(
-        0, "seed of initial scores, noise and labels", low=0, aliases=("--seed",)
+        0, "seed of initial scores, noise and labels", low=0, high=2**32, aliases=("--seed",)
     )
     lr: float = option(0.1, "AdamW learning rate of the logits", low=0)
     adam_eps: float = option(1e-15, "AdamW epsilon, to be far below the gradients", low=0)
@@ -100,8 +113,10 @@ class TrainConfig(BackboneConfig):
     stores_fresh: bool = option(
         True, "cache what was computed, as replay does; off: the blend, as published"
     )
-    compares_all: bool = option(
-        False, "compare every output channel, as published, not only those the sampler uses"
+    compares_all: bool | None = option(
+        None,
+        "compare every output channel, as published, not only those the sampler uses; default: if "
+        "beta is set by hand, whose scale it is",
     )
     init_mean: float = option(0.0, "mean of the initial logits", low=-5, high=5)
     init_std: float = option(0.1, "standard deviation of the initial logits", low=0)
@@ -133,6 +148,8 @@ class TrainConfig(BackboneConfig):
             object.__setattr__(self, "max_steps", 1000)
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
+        if self.compares_all is None:
+            object.__setattr__(self, "compares_all", not self.has_target)
         if self.lambda_form is None:
             form = "sensitivity" if self.has_target else "published"
             object.__setattr__(self, "lambda_form", form)
@@ -168,7 +185,7 @@ class SampleConfig(BackboneConfig):
         aliases=("--num-samples",),
         low=1,
     )
-    seed: int = option(0, "seed of noise and labels", aliases=("--global-seed",), low=0)
+    seed: int = option(0, "seed of noise and labels", aliases=("--global-seed",), low=0, high=2**32)
     batch_size: int = option(64, "images per forward", low=1)
     out: Path = option(Path("samples"), "folder for pictures and the report")
     compare: bool = option(False, "also sample without the router and draw both rows")
@@ -189,9 +206,19 @@ class EvaluateConfig(BackboneConfig):
         low=0,
         high=1,
     )
+    curs: tuple[float, ...] | None = option(
+        None,
+        "shares of reuse at which schedules are made from the scores",
+        aliases=("--target-cur",),
+        many=True,
+        low=0,
+        high=1,
+    )
     random_schedules: int = option(5, "random schedules per CUR", low=0)
     num_images: int = option(512, "seeds", aliases=("--num-samples",), low=1)
-    seed: int = option(1_000_000, "seed of noise and labels, apart from training's", low=0)
+    seed: int = option(
+        1_000_000, "seed of noise and labels, apart from training's", low=0, high=2**32
+    )
     batch_size: int = option(64, "images per forward", low=1)
     out: Path = option(Path("evaluation"), "folder for the report")
 
@@ -289,6 +316,16 @@ def read_preset(cls: type[Config], path: Path) -> dict[str, Any]:
     return {key: _from_yaml(known[key], value, path) for key, value in content.items()}
 
 
+def _validate_number(flag: str, value: Any, low: float | None, high: float | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise HarmonicaError(f"{flag} {value} is not a finite number; pass one")
+    if (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise HarmonicaError(f"{flag} {value} is out of range; use a value {allowed}")
+
+
 def validate(config: BackboneConfig) -> None:
     """Refuse values that cannot work, naming the flag and the remedy."""
     if config.model not in MODELS:
@@ -301,13 +338,8 @@ def validate(config: BackboneConfig) -> None:
             raise HarmonicaError(
                 f"{flag} {value} is unknown; use one of {', '.join(rule['choices'])}"
             )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise HarmonicaError(f"{flag} {value} is not a finite number; pass one")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = rule["low"], rule["high"]
-            if (low is not None and value < low) or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise HarmonicaError(f"{flag} {value} is out of range; use a value {allowed}")
+        for item in value if isinstance(value, tuple) else (value,):
+            _validate_number(flag, item, rule["low"], rule["high"])
     if isinstance(config, TrainConfig) and None not in (config.target_cur, config.target_speedup):
         raise HarmonicaError("--target-cur and --target-speedup exclude each other; pass one")
     factor = MODELS[config.model].latent_factor
@@ -324,14 +356,28 @@ def validate(config: BackboneConfig) -> None:
         )
 
 
+def _known_to_router(cls: type[BackboneConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """What the router file that is replayed says of model and sampler, if it is there."""
+    paths = [values[name] for name in ("path", "paths") if values.get(name) is not None]
+    first = Path(paths[0] if not isinstance(paths[0], tuple) else paths[0][0]) if paths else None
+    if first is None or not first.exists() or first.suffix == ".json":
+        return {}
+    info = load_router(first).info
+    known = {name: getattr(info, name, None) for name in (spec.name for spec in fields(cls))}
+    return {n: v for n, v in known.items() if v is not None and n in SHARED_WITH_ROUTER}
+
+
 def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
     """Defaults, then the preset, then the flags; validated."""
     given = dict(vars(arguments))
     given.pop("dry_run", None)
     preset = given.pop("config", None)
     values = read_preset(cls, preset) if preset is not None else {}
+    if BUDGETS & given.keys():
+        # A budget on the command line replaces the preset's, whichever of the three that set.
+        values = {name: value for name, value in values.items() if name not in BUDGETS}
     values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    config = cls(**values)
+    config = cls(**{**_known_to_router(cls, values), **values})
     validate(config)
     return config
 
@@ -346,17 +392,17 @@ def parse(cls: type[Config], description: str) -> Config:
     return config
 
 
-def to_yaml(config: BackboneConfig) -> str:
-    """The configuration as a preset that gives it back."""
+def plain(config: BackboneConfig) -> dict[str, Any]:
+    """The configuration as strings, numbers and lists, for YAML, JSON and trackers."""
     values = {}
     for spec in fields(config):
         value = getattr(config, spec.name)
-        assert spec.default is not MISSING
-        values[spec.name] = (
-            str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
-    return yaml.safe_dump(values, sort_keys=False)
+        if isinstance(value, tuple):
+            value = [str(item) if isinstance(item, Path) else item for item in value]
+        values[spec.name] = str(value) if isinstance(value, Path) else value
+    return values
+
+
+def to_yaml(config: BackboneConfig) -> str:
+    """The configuration as a preset that gives it back."""
+    return yaml.safe_dump(plain(config), sort_keys=False)

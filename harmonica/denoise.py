@@ -48,6 +48,7 @@ def guided(
         noise is the same in both halves; channels that are not guided, the learned variance
         among them, are each half's own.
     """
+    x = x.to(model.pos_embed.dtype)
     time = torch.full((len(x) * guidance.halves,), float(t), device=x.device)
     if guidance.halves == 1:
         return model(x, time, y, branches).float()

@@ -10,7 +10,7 @@ from harmonica.errors import HarmonicaError
 from harmonica.files import sha256, write_atomically
 from models import WeightSource
 
-CACHE = Path("checkpoints")
+CACHE = Path(os.environ.get("HARMONICA_CACHE", "checkpoints"))
 BLOCK = 1 << 20
 TIMEOUT_S = 30
 
@@ -30,7 +30,10 @@ def _download(url: str, partial: Path, name: str) -> str | None:
     headers = {"Range": f"bytes={have}-"} if have else {}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         if have and response.status_code == 416:  # nothing is left to fetch
-            return _announced_hash(response)
+            if response.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
+                return _announced_hash(response)
+            partial.unlink()
+            raise requests.ConnectionError("the partial file was longer than the whole")
         response.raise_for_status()
         resumed = response.status_code == 206
         if not resumed:
@@ -52,7 +55,8 @@ def fetch(source: WeightSource, folder: Path | None = None) -> Path:
     """The file in ``checkpoints/``, downloaded if absent.
 
     A partial file is kept and resumed, separately per address. The sha256 is compared with the one
-    that the server announces and stored beside the file, for :func:`verify` at every later use.
+    that the server announces, if it does (the Hub; the official address announces none), and stored
+    beside the file, for :func:`verify` at every later use.
 
     Raises:
         HarmonicaError: no address answers, or what came is not the file.
@@ -67,16 +71,17 @@ def fetch(source: WeightSource, folder: Path | None = None) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             announced = _download(url, partial, source.file)
+            digest = sha256(partial)
+            if partial.stat().st_size < source.size or announced not in (None, digest):
+                partial.unlink()
+                reasons.append(f"{url.split('/')[2]}: not the expected file")
+                continue
+            record = path.with_name(path.name + ".sha256")
+            write_atomically(record, f"{digest}  {path.name}\n".encode())
+            os.replace(partial, path)
         except (requests.RequestException, OSError) as error:
             reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
             continue
-        digest = sha256(partial)
-        if partial.stat().st_size < source.size or announced not in (None, digest):
-            partial.unlink()
-            reasons.append(f"{url.split('/')[2]}: not the expected file")
-            continue
-        write_atomically(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n".encode())
-        os.replace(partial, path)
         return path
     raise HarmonicaError(
         f"{source.file} is not in {folder} and could not be fetched ({'; '.join(reasons)}); run "

@@ -1,6 +1,7 @@
 """Reading and writing files: writes are atomic, and nothing that is read can run code."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise HarmonicaError(
             f"cannot write {path}: {error.strerror}; choose a folder that can be written to"
         ) from None

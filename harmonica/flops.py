@@ -1,6 +1,5 @@
 """Multiply-accumulates per branch, counted by torch on the meta device."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +30,8 @@ class Costs:
 def measure_costs(model: nn.Module) -> Costs:
     """Count the branches of a model by running it once without computing anything."""
     config = model.config
-    shadow = copy.deepcopy(model).to("meta")
+    with torch.device("meta"):
+        shadow = type(model)(config)
     macs = [0] * len(model.branch_names)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
 

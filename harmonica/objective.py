@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harmonica.cache import Cache, Masking
+from harmonica.cache import Cache, Masking, computing_branches
 from harmonica.denoise import Trajectories
 from harmonica.samplers import State
 
@@ -28,10 +28,11 @@ class Student:
         """Predictor that blends through ``cache``; step ``forced`` computes everything."""
 
         def at(s: int, x: Tensor) -> Tensor:
-            row = self.logits[s]
             if s == 0 or s == forced:
-                row = torch.full_like(row, torch.inf)
-            return self.trajectories.predict(s, x, self.masking.branches(cache, row))
+                branches = computing_branches(cache)
+            else:
+                branches = self.masking.branches(cache, s, self.logits[s])
+            return self.trajectories.predict(s, x, branches)
 
         return at
 
@@ -108,20 +109,26 @@ FORMS = ("published", "normalized", "sensitivity")
 
 
 def image_error_weights(image: Tensor, output: Tensor, form: str) -> Tensor:
-    """Weights (T,) of the loss from the errors of a refresh.
+    """Weights (T,) of the loss from the errors of a refresh, (T,) each.
 
     Args:
         form: "published" takes lambda as it is; "normalized" scales it to mean 1, so that beta
             keeps its meaning between refreshes; "sensitivity" divides lambda by the step's own
             output error first. Lambda grows with that error, which the loss multiplies in again:
-            the quotient is what one unit of output error does to the image.
+            the quotient is what one unit of output error does to the image. A step without output
+            error, whose quotient is unknown, takes the mean of the others.
     """
     if form == "published":
         return image
-    weights = image.clone()
+    weights = image[1:]
     if form == "sensitivity":
-        weights[1:] /= output[1:].clamp(min=torch.finfo(output.dtype).tiny)
-    return weights / weights[1:].mean()
+        known = output[1:] > 0
+        quotients = weights[known] / output[1:][known]
+        weights = torch.full_like(weights, quotients.mean() if known.any() else 1.0)
+        weights[known] = quotients
+    mean = weights.mean()
+    weights = weights / mean if mean > 0 else torch.ones_like(weights)
+    return torch.cat([torch.zeros_like(image[:1]), weights])
 
 
 def iepo_loss(error: Tensor, scores: Tensor, weight: float, beta: float) -> Tensor:

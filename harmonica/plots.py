@@ -97,18 +97,20 @@ def comparison(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
     _save(figure, path)
 
 
-def error_plot(path: Path, points: dict[str, tuple[float, float]]) -> None:
-    """Image error against theoretical speed-up; ``points`` are name -> (speed-up, error)."""
+def error_plot(path: Path, groups: dict[str, list[tuple[float, float]]]) -> None:
+    """Image error against theoretical speed-up; a group is a line of the table.
+
+    Args:
+        groups: name, of which the part before the comma is the method, to (speed-up, error).
+    """
     figure = Figure((8, 5), layout="constrained")
     axis = figure.subplots()
-    kinds = {"router": ("o", "tab:blue"), "evenly": ("s", "tab:orange"), "random": ("x", "0.5")}
-    seen = set()
-    for name, (speedup, error) in points.items():
-        kind = next((k for k in kinds if name.startswith(k)), "router")
-        marker, color = kinds[kind]
-        label = None if kind in seen else {"evenly": "evenly spaced steps"}.get(kind, kind)
-        seen.add(kind)
-        axis.scatter([speedup], [error], marker=marker, color=color, label=label)
+    methods = list(dict.fromkeys(name.split(",")[0] for name in groups))
+    for method, marker in zip(methods, "osx^Dv*", strict=False):
+        points = [
+            p for name, found in groups.items() if name.split(",")[0] == method for p in found
+        ]
+        axis.scatter(*zip(*points, strict=True), marker=marker, label=method)
     axis.set_yscale("log")
     axis.set_xlabel("theoretical speed-up")
     axis.set_ylabel("mean squared error against uncached images")

@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +15,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from harmonica.backbone import Backbone, load_backbone, load_decoder
-from harmonica.config import SampleConfig
+from harmonica.config import SampleConfig, plain
 from harmonica.errors import HarmonicaError
-from harmonica.files import write_atomically
+from harmonica.files import read_json, write_atomically
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.router import load_router
@@ -27,25 +29,44 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class ImageError:
-    """Distance of images to those of the same seeds without the cache.
+    """Distance of images to those of the same seeds without the cache, one entry per seed.
 
     ``mse`` is on the model's own scale, latents or pixels in [-1, 1]; ``psnr`` is on images in
-    [0, 1], the mean over images in dB.
+    [0, 1], in dB.
     """
 
-    mse_mean: float
-    mse_median: float
-    psnr: float
+    mse: tuple[float, ...]
+    psnr: tuple[float, ...]
 
     @classmethod
     def between(
         cls, latents: Tensor, reference: Tensor, images: Tensor, reference_images: Tensor
     ) -> "ImageError":
+        """From latents (n, C, h, w) and images (n, 3, H, W)."""
         errors = (latents - reference).square().flatten(1).mean(1)
         pixel = (images - reference_images).square().flatten(1).mean(1).clamp(min=1e-12)
-        return cls(
-            errors.mean().item(), errors.median().item(), (-10 * pixel.log10()).mean().item()
-        )
+        return cls(tuple(errors.tolist()), tuple((-10 * pixel.log10()).tolist()))
+
+    @property
+    def mse_mean(self) -> float:
+        return statistics.fmean(self.mse)
+
+    @property
+    def mse_median(self) -> float:
+        return statistics.median(self.mse)
+
+    @property
+    def psnr_mean(self) -> float:
+        return statistics.fmean(self.psnr)
+
+    def to_dict(self) -> dict:
+        return {
+            "mse_mean": self.mse_mean,
+            "mse_median": self.mse_median,
+            "psnr_mean": self.psnr_mean,
+            "mse": self.mse,
+            "psnr": self.psnr,
+        }
 
 
 @dataclass(frozen=True)
@@ -107,22 +128,28 @@ def load_schedule(path: Path, threshold: float | None, backbone: Backbone) -> Sc
         HarmonicaError: it does not.
     """
     if path.suffix == ".json":
+        if threshold is not None:
+            raise HarmonicaError(
+                f"--path {path} is a schedule, which has no scores for --threshold; pass the router"
+            )
         schedule = Schedule.load(path)
         steps = len(backbone.sampler.timesteps)
-        if (schedule.num_steps, schedule.costs.names) != (steps, backbone.costs.names):
+        if (schedule.num_steps, schedule.costs) != (steps, backbone.costs):
             raise HarmonicaError(
                 f"--path {path} is a schedule of {schedule.num_steps} steps and "
                 f"{len(schedule.costs.names)} branches, which does not fit --model "
                 f"{backbone.name} with --num-sampling-steps {steps}; pass the matching one"
             )
-        return replace(schedule, costs=backbone.costs)
+        return schedule
     router = load_router(path)
     router.check(backbone.model, backbone.router_info())
     return router.to_schedule(backbone.costs, threshold)
 
 
 def save_images(folder: Path, images: Tensor) -> None:
-    """``000000.png`` ... in sample order."""
+    """``000000.png`` ... in sample order; images of an earlier, larger run are removed."""
+    for stale in folder.glob("[0-9]*.png"):
+        stale.unlink()
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         to_pil_image(image).save(buffer, format="PNG")
@@ -137,13 +164,13 @@ def sample_and_report(config: SampleConfig) -> str:
     """
     if config.ddim_sample:
         config = replace(config, sampler="ddim")
-    if config.path is None and (config.compare or config.threshold or config.accelerate_method):
+    wants_router = config.compare or config.accelerate_method or config.threshold is not None
+    if config.path is None and wants_router:
         raise HarmonicaError(
             "--compare, --threshold and --accelerate-method replay a router; name it with --path"
         )
     check_output(config.out, REPORT)
     device = select_device()
-    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
     backbone = load_backbone(config, device)
     schedule = None
     if config.path is not None:
@@ -157,21 +184,20 @@ def sample_and_report(config: SampleConfig) -> str:
         choices["uncached"] = None
     if schedule is not None:
         choices["with router"] = schedule
-    with torch.autocast(device.type, precision, enabled=precision is not None):
-        latents = {
-            name: sample(backbone, choice, draws, indices, labels, config.batch_size, name)
-            for name, choice in choices.items()
-        }
-        part = slice(0, config.batch_size)
-        with torch.inference_mode():
-            batch = trajectories(
-                backbone, draws, indices[part], None if labels is None else labels[part]
-            )
-            times = timed(
-                {n: lambda c=c: replay(batch, c) for n, c in choices.items()},
-                config.repeats,
-                device,
-            )
+    latents = {
+        name: sample(backbone, choice, draws, indices, labels, config.batch_size, name)
+        for name, choice in choices.items()
+    }
+    part = slice(0, config.batch_size)
+    with torch.inference_mode():
+        batch = trajectories(
+            backbone, draws, indices[part], None if labels is None else labels[part]
+        )
+        times = timed(
+            {name: partial(replay, batch, choice) for name, choice in choices.items()},
+            config.repeats,
+            device,
+        )
     images = {name: decode(x) for name, x in latents.items()}
 
     pictures = []
@@ -192,7 +218,8 @@ def sample_and_report(config: SampleConfig) -> str:
         config.out / REPORT,
         json.dumps(_record(config, backbone, schedule, times, error), indent=1).encode(),
     )
-    lines = _table(schedule, times, error, len(batch.y))
+    lines = [f"{'weights':38} {backbone.weights_hash}"]
+    lines += _table(schedule, times, error, len(batch.y))
     return "\n".join([*lines, "pictures:", *(f"  {path}" for path in pictures)])
 
 
@@ -201,13 +228,23 @@ def select_device() -> torch.device:
 
 
 def check_output(out: Path, report: str) -> None:
-    """Refuse a folder whose files are not an earlier run's of the same command."""
+    """Make the folder, or refuse one whose files are not an earlier run's of the same command.
+
+    Raises:
+        HarmonicaError: it is a file, holds something else, or cannot be written to.
+    """
     if out.exists() and not out.is_dir():
         raise HarmonicaError(f"--out {out} is a file; pass a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / report).exists():
-        raise HarmonicaError(
-            f"--out {out} holds files but no {report} of an earlier run; pass another folder"
-        )
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / report).exists():
+            raise HarmonicaError(
+                f"--out {out} holds files but no {report} of an earlier run; pass another folder"
+            )
+        if "weights_hash" not in read_json(out / report):
+            raise HarmonicaError(f"--out {out} holds a foreign {report}; pass another folder")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise HarmonicaError(f"--out {out} cannot be written to; pass another folder")
 
 
 def _record(
@@ -218,11 +255,11 @@ def _record(
     error: ImageError | None,
 ) -> dict:
     return {
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()},
+        "config": plain(config),
         "weights_hash": backbone.weights_hash,
         "schedule": None if schedule is None else schedule.to_dict(),
         "seconds_per_batch": {name: vars(timing) for name, timing in times.items()},
-        "image_error": None if error is None else vars(error),
+        "image_error": None if error is None else error.to_dict(),
     }
 
 
@@ -241,6 +278,6 @@ def _table(
     if error is not None:
         lines += [
             f"{'image error, MSE mean / median':38} {error.mse_mean:.5f} / {error.mse_median:.5f}",
-            f"{'image error, PSNR':38} {error.psnr:.1f} dB",
+            f"{'image error, PSNR':38} {error.psnr_mean:.1f} dB",
         ]
     return lines

@@ -1,10 +1,13 @@
 """Router: learnable scores per (step, branch) that become a Schedule; and the router file."""
 
+import argparse
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,6 +137,7 @@ class RouterInfo:
     image_size: int | None = None
     num_classes: int | None = None
     sampler: str | None = None
+    eta: float | None = None
     num_sampling_steps: int | None = None
     timesteps: tuple[float, ...] | None = None
     cfg_scale: float | None = None
@@ -161,16 +165,12 @@ class RouterFile:
         Raises:
             HarmonicaError: one sentence saying what does not fit.
         """
-        if self.logits.shape[1] != len(model.branch_names):
-            raise HarmonicaError(
-                f"the router has {self.logits.shape[1]} branches and --model {expected.model} has "
-                f"{len(model.branch_names)}; use the model that the router was trained on"
-            )
         flags = {
             "model": "--model",
             "image_size": "--image-size",
             "num_classes": "--num-classes",
             "sampler": "--sampler",
+            "eta": "--eta",
             "num_sampling_steps": "--num-sampling-steps",
         }
         for name, flag in flags.items():
@@ -180,10 +180,25 @@ class RouterFile:
                     f"the router was trained with {flag} {mine}, not {theirs}; pass {flag} {mine} "
                     "or another router"
                 )
+        if self.logits.shape[1] != len(model.branch_names):
+            raise HarmonicaError(
+                f"the router has {self.logits.shape[1]} branches and --model {expected.model} has "
+                f"{len(model.branch_names)}; use the model that the router was trained on"
+            )
         if len(self.logits) != expected.num_sampling_steps:
             raise HarmonicaError(
                 f"the router has {len(self.logits)} steps, not {expected.num_sampling_steps}; "
                 f"pass --num-sampling-steps {len(self.logits)} or another router"
+            )
+        if self.info.timesteps is not None and self.info.timesteps != expected.timesteps:
+            raise HarmonicaError(
+                "the router was trained at other timesteps than this sampler visits; train it again"
+            )
+        if self.info.weights_hash not in (None, expected.weights_hash):
+            warnings.warn(
+                f"the router was trained on weights {self.info.weights_hash}, these are "
+                f"{expected.weights_hash}: its schedule may not suit them",
+                stacklevel=2,
             )
 
     def to_schedule(self, costs: Costs, threshold: float | None = None) -> Schedule:
@@ -261,16 +276,20 @@ def _load_published(path: Path) -> RouterFile:
     logits = torch.stack([row.detach().float().flatten() for row in reversed(rows)])
     if not logits.isfinite().all():
         raise HarmonicaError(f"{path} holds scores that are not finite; use another router")
-    known = vars(arguments) if arguments is not None else {}
+    known = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+
+    def recorded(name: str, *kinds: type) -> Any:
+        return known[name] if type(known.get(name)) in kinds else None
+
     return RouterFile(
         logits,
         RouterInfo(
-            model=known.get("model"),
-            image_size=known.get("image_size"),
-            num_classes=known.get("num_classes"),
-            num_sampling_steps=known.get("num_sampling_steps"),
-            cfg_scale=known.get("cfg_scale"),
-            threshold=known.get("ste_threshold"),
+            model=recorded("model", str),
+            image_size=recorded("image_size", int),
+            num_classes=recorded("num_classes", int),
+            num_sampling_steps=recorded("num_sampling_steps", int),
+            cfg_scale=recorded("cfg_scale", int, float),
+            threshold=recorded("ste_threshold", int, float),
             hyperparameters={k: v for k, v in known.items() if isinstance(v, int | float | str)},
             source="published .pt",
             version="",
@@ -286,7 +305,10 @@ def load_router(path: Path, flag: str = "--path") -> RouterFile:
     """
     path = Path(path)
     if path.is_dir():
-        candidates = [path / "router.safetensors", *sorted(path.glob("checkpoints/*.pt"))]
+        candidates = [
+            path / "router.safetensors",
+            *sorted(path.glob("checkpoints/*.pt"), reverse=True),
+        ]
         path = next((file for file in candidates if file.is_file()), path / "router.safetensors")
     existing_file(path, flag)
     router = _load_own(path) if is_safetensors(path) else _load_published(path)

@@ -23,9 +23,25 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
+        # Installed inside somebody else's repository, there is no commit of ours.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return "unknown"
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _next_folder(parent: Path, number: int, label: str) -> Path:
+    """Make ``NNN-label``, with the next number where another run took this one meanwhile."""
+    while True:
+        path = parent / f"{number:03d}-{label}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not parent.is_dir():
+                raise
+            number += 1
 
 
 @dataclass(frozen=True)
@@ -44,17 +60,16 @@ class RunDirectory:
         if parent.exists() and not parent.is_dir():
             raise HarmonicaError(f"--results-dir {parent} is a file; pass a folder")
         try:
-            entries = [entry.name for entry in parent.iterdir()] if parent.exists() else []
-            runs = [name for name in entries if _NAME.match(name)]
-            if entries and not runs:
+            entries = list(parent.iterdir()) if parent.exists() else []
+            foreign = [entry.name for entry in entries if entry.is_file()]
+            if foreign:
                 raise HarmonicaError(
-                    f"--results-dir {parent} holds files that are not runs; pass an empty or new "
-                    "folder"
+                    f"--results-dir {parent} holds files that are not runs ({foreign[0]}); pass an "
+                    "empty or new folder"
                 )
-            number = 1 + max((int(name.split("-")[0]) for name in runs), default=-1)
-            name = f"{number:03d}-{config.model.replace('/', '-')}-T{config.num_sampling_steps}"
-            path = parent / name
-            path.mkdir(parents=True)
+            numbers = [int(e.name.split("-")[0]) for e in entries if _NAME.match(e.name)]
+            label = f"{config.model.replace('/', '-')}-T{config.num_sampling_steps}"
+            path = _next_folder(parent, 1 + max(numbers, default=-1), label)
         except OSError as error:
             raise HarmonicaError(
                 f"--results-dir {parent} cannot be written to ({error.strerror}); pass another"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harmonica.cache import Cache, Masking
+from harmonica.cache import Cache, Masking, computing_branches
 from harmonica.denoise import Trajectories
 from harmonica.router import Router
 from harmonica.samplers import State
@@ -40,14 +40,13 @@ def train_trajectory(
         # The first step computes everything and fills the cache.
         if s == 0:
             with torch.no_grad():
-                row = torch.full_like(router.row(1), torch.inf)
-                return batch.predict(s, x, masking.branches(cache, row))
+                return batch.predict(s, x, computing_branches(cache))
         # Teacher.
         with torch.no_grad():
             teacher = batch.predict(s, x)
         # Student.
         logits = router.row(s)
-        student = batch.predict(s, x, masking.branches(cache, logits))
+        student = batch.predict(s, x, masking.branches(cache, s, logits))
         # Router update.
         update(StepError(s, batch.output_error(teacher, student), logits.sigmoid()))
         return student.detach()
@@ -82,8 +81,12 @@ class BetaControl:
 
     def start(self, worths: Tensor, target: float) -> None:
         """Set the first price from what a unit of score saves in weighted error, any shape."""
-        quantile = torch.quantile(worths.flatten().double(), target).item()
-        self.beta = max(quantile, torch.finfo(torch.float32).tiny)
+        worths = worths[worths.isfinite()].double()
+        if len(worths) == 0 or not worths.any():
+            return  # nothing seen yet; the next trajectory will tell
+        # Worths are noisy: where the quantile is not positive, a small price starts the steering.
+        floor = 0.01 * worths.abs().mean().item()
+        self.beta = max(torch.quantile(worths, target).item(), floor)
 
     def update(self, share: float, target: float) -> None:
         if self.has_target:

@@ -1,18 +1,17 @@
 """A training run of a router: batches, weights, updates, budget, logging, export."""
 
 import io
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradScalerKwargs
+from accelerate.utils import GradScalerKwargs, broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.backbone import load_backbone, load_decoder
 from harmonica.cache import Masking
-from harmonica.config import TrainConfig
+from harmonica.config import TrainConfig, plain
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
@@ -52,7 +51,10 @@ class Trainer:
             processes,
             "--lambda-batch-size",
         )
-        self.backbone = load_backbone(config, self.accelerator.device)
+        # One process of a machine fetches missing weights, the others find them.
+        with self.accelerator.local_main_process_first():
+            self.backbone = load_backbone(config, self.accelerator.device)
+            self.decode = load_decoder(config, self.accelerator.device)
         self.router = Router.initial(
             config.num_sampling_steps,
             len(self.backbone.costs.names),
@@ -81,13 +83,16 @@ class Trainer:
         return threshold_schedule(logits, costs, config.threshold)
 
     def masking(self) -> Masking:
-        """How the scores act now; with a target, the cut is where the exported schedule cuts."""
-        cut = self.config.threshold
-        if self.config.has_target:
-            reused = ~torch.from_numpy(self.schedule().compute.copy())
-            scores = self.router.logits().sigmoid().cpu()
-            cut = scores[reused].max().item() if reused.any() else 0.0
-        return Masking(self.config.mask, cut, self.config.stores_fresh)
+        """How the scores act on the next trajectory: they cut where the exported schedule cuts."""
+        return Masking(self.schedule().compute, self.config.mask, self.config.stores_fresh)
+
+    def cut(self) -> float:
+        """The score above which the exported schedule computes."""
+        if not self.config.has_target:
+            return self.config.threshold
+        reused = ~torch.from_numpy(self.schedule().compute.copy())
+        scores = self.router.logits().sigmoid().cpu()[reused]
+        return scores.max().item() if len(scores) else 0.0
 
     # Batches.
 
@@ -105,7 +110,7 @@ class Trainer:
         """Re-estimate lambda on a fresh batch, averaged over processes."""
         batch = self.batch("lambda", len(self.refreshes), self.lambda_samples)
         student = Student(batch, self.router.logits(), self.masking())
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
         image, output = self.accelerator.reduce(torch.stack([errors.image, errors.output]), "mean")
         weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
@@ -140,14 +145,9 @@ class Trainer:
         results: list[tuple[Tensor, Tensor]] = []
         batch = self.batch("train", self.trajectories, self.samples)
         stop = batch.num_steps if remaining is None else min(batch.num_steps, remaining + 1)
-        with self.accelerator.autocast():
-            train_trajectory(
-                batch,
-                self.router,
-                self.masking(),
-                lambda step: results.append(self.update(step)),
-                stop,
-            )
+        train_trajectory(
+            batch, self.router, self.masking(), lambda step: results.append(self.update(step)), stop
+        )
         self.trajectories += 1
         records, worths = (torch.stack(column) for column in zip(*results, strict=True))
         self._steer_beta(worths)
@@ -164,8 +164,8 @@ class Trainer:
             below = self.router.logits()[1:] <= 0
             self.beta.update(below.float().mean().item(), target)
 
-    def run(self) -> RunDirectory:
-        """Train, export, draw.
+    def run(self) -> RunDirectory | None:
+        """Train, export, draw; the run directory on the main process, None on the others.
 
         Raises:
             HarmonicaError: a loss that is not finite; the last checkpoint stands.
@@ -176,9 +176,16 @@ class Trainer:
             for count in (config.max_steps, config.epochs and config.epochs * steps)
             if count is not None
         ]
-        total = min(limits)
-        directory = self._start_tracking()
-        refresh_at = 0
+        directory = self._start()
+        try:
+            self._train(directory, min(limits))
+            self._export(directory)
+        finally:
+            self.accelerator.end_training()
+        return directory
+
+    def _train(self, directory: RunDirectory | None, total: int) -> None:
+        config, refresh_at = self.config, 0
         with tqdm(total=total, desc="router", unit="update", disable=not self._is_main) as bar:
             while self.updates < total:
                 if self.updates >= refresh_at:
@@ -197,10 +204,6 @@ class Trainer:
                     self._log(directory, table)
                 if _passes(before, self.updates, config.ckpt_every) or self.updates == total:
                     self._save_checkpoint(directory)
-        self._export(directory)
-        if config.wandb:
-            self.accelerator.end_training()
-        return directory
 
     # Output.
 
@@ -208,15 +211,25 @@ class Trainer:
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def _start_tracking(self) -> RunDirectory | None:
-        """The run directory, on the main process; and wandb inside it, if it was asked for."""
-        directory = (
-            RunDirectory.create(self.config.results_dir, self.config) if self._is_main else None
-        )
+    def _start(self) -> RunDirectory | None:
+        """The run directory, on the main process; and wandb inside it, if it was asked for.
+
+        Raises:
+            HarmonicaError: on every process, if the main one cannot make the directory.
+        """
+        directory, refusal = None, None
+        if self._is_main:
+            try:
+                directory = RunDirectory.create(self.config.results_dir, self.config)
+            except HarmonicaError as error:
+                refusal = str(error)
+        refusal = broadcast_object_list([refusal])[0]
+        if refusal is not None:
+            raise HarmonicaError(refusal)
         if self.config.wandb:
             self.accelerator.init_trackers(
                 "harmonica",
-                config=hyperparameters(self.config),
+                config=plain(self.config),
                 init_kwargs={"wandb": {"dir": str(directory.path) if directory else None}},
             )
         return directory
@@ -268,9 +281,7 @@ class Trainer:
             directory.router,
             RouterFile(
                 logits,
-                backbone.router_info(
-                    threshold=config.threshold, hyperparameters=hyperparameters(config)
-                ),
+                backbone.router_info(threshold=self.cut(), hyperparameters=plain(config)),
                 schedule,
             ),
         )
@@ -283,17 +294,11 @@ class Trainer:
         )
         lambda_curve(directory.path / "lambda.png", self.refreshes)
         draws, indices = Draws(config.global_seed, "sample"), range(PREVIEW_IMAGES)
-        decode = load_decoder(config, backbone.device)
         rows = {
-            name: decode(sample(backbone, choice, draws, indices, batch_size=self.samples))
+            name: self.decode(sample(backbone, choice, draws, indices, batch_size=self.samples))
             for name, choice in {"uncached": None, "with router": schedule}.items()
         }
         comparison(directory.path / "samples.png", rows)
-
-
-def hyperparameters(config: TrainConfig) -> dict[str, str | float | bool | None]:
-    """The configuration as plain values, for the router file and wandb."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
 def _passes(before: int, after: int, every: int) -> bool:
@@ -318,8 +323,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     cpu = not torch.cuda.is_available()
     if cpu and config.mixed_precision == "fp16":
         raise HarmonicaError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-    # Losses are of the order of 1e-8: let the fp16 scale grow quickly.
-    scaler = GradScalerKwargs(init_scale=2.0**24, growth_interval=50)
+    # With published weights losses are of the order of 1e-8: let the fp16 scale grow quickly.
+    scaler = GradScalerKwargs(growth_interval=50)
     return Accelerator(
         cpu=cpu,
         mixed_precision=config.mixed_precision,

@@ -5,12 +5,9 @@ ideal: teacher, student, backward), the model evaluations of one lambda refresh,
 Forwards and updates are timed in turn, so that a busy moment hits both; ratios are per pair.
 """
 
-import dataclasses
 import resource
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -21,11 +18,10 @@ from harmonica.trainer import Trainer
 TRAJECTORIES = 6
 
 
+@run_command
 def bench() -> None:
     config = parse(TrainConfig, __doc__.split("\n")[0])
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(dataclasses.replace(config, results_dir=Path(folder)))
-        measure(trainer)
+    measure(Trainer(config))
 
 
 def seconds(run, device: torch.device) -> float:
@@ -42,10 +38,11 @@ def measure(trainer: Trainer) -> None:
 
     @torch.no_grad()
     def forwards() -> None:
-        with trainer.accelerator.autocast():
-            for s in range(steps):
-                batch.predict(s, batch.x_T)
+        for s in range(steps):
+            batch.predict(s, batch.x_T)
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     calls: list[int] = []
     hook = trainer.backbone.model.register_forward_hook(lambda *_: calls.append(1))
     trainer.refresh_weights()
@@ -74,9 +71,5 @@ def measure(trainer: Trainer) -> None:
     print(f"peak memory, process     {peak:.2f} GiB")
 
 
-def main() -> None:
-    run_command(bench)
-
-
 if __name__ == "__main__":
-    main()
+    bench()

@@ -5,9 +5,8 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 install_project
 
-out="results/demo"
-.venv/bin/python train_router.py --config configs/demo.yaml --results-dir "$out"
-run="$(ls -d "$out"/[0-9]*-* | sort | tail -n 1)"
+.venv/bin/python train_router.py --config configs/demo.yaml
+run="$(ls -d results/[0-9]*-DiT-Ti-4-T20 | sort | tail -n 1)"
 .venv/bin/python sample.py --path "$run" --compare --num-images 32 --batch-size 32 --repeats 5 \
   --seed 1000000 --out "$run/samples"
 echo "router: $run/router.png, image-error weights: $run/lambda.png"

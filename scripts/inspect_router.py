@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from harmonica.config import CommandParser
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.flops import Costs, measure_costs
@@ -10,7 +12,7 @@ from harmonica.router import RouterFile, load_router
 from models import MODELS, create_model
 
 
-def branch_costs(router: RouterFile, model: str | None) -> Costs:
+def branch_costs(router: RouterFile, model: str | None, image_size: int | None) -> Costs:
     """Costs of the router's branches, from its schedule or from a model of the zoo.
 
     Raises:
@@ -23,10 +25,12 @@ def branch_costs(router: RouterFile, model: str | None) -> Costs:
         raise HarmonicaError(
             "the file does not say which model of the zoo it is for; name it with --model"
         )
-    import torch
-
-    with torch.device("meta"):
-        costs = measure_costs(create_model(name, image_size=router.info.image_size))
+    try:
+        with torch.device("meta"):
+            model = create_model(name, image_size=image_size or router.info.image_size)
+    except ValueError as error:
+        raise HarmonicaError(f"--image-size does not fit: {error}; pass the router's") from None
+    costs = measure_costs(model)
     if len(costs.names) != router.logits.shape[1]:
         raise HarmonicaError(
             f"the router has {router.logits.shape[1]} branches and --model {name} has "
@@ -35,18 +39,21 @@ def branch_costs(router: RouterFile, model: str | None) -> Costs:
     return costs
 
 
+@run_command
 def inspect() -> None:
     parser = CommandParser(description="Show what a router file holds.")
     parser.add_argument("file", type=Path, help="router file, ours or published, or run directory")
     parser.add_argument("--threshold", type=float, help="default: the exported schedule")
     parser.add_argument("--model", help="for files that do not say")
+    parser.add_argument("--image-size", type=int, help="likewise; default: the model's")
     parser.add_argument("--out", type=Path, help="heat map; default: beside the file")
     arguments = parser.parse_args()
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise HarmonicaError(f"--threshold {arguments.threshold} is out of range; use 0 to 1")
 
     router = load_router(arguments.file, "FILE")
-    schedule = router.to_schedule(branch_costs(router, arguments.model), arguments.threshold)
+    costs = branch_costs(router, arguments.model, arguments.image_size)
+    schedule = router.to_schedule(costs, arguments.threshold)
     known = {k: v for k, v in vars(router.info).items() if v not in (None, {}, "")}
     for name in (
         "source",
@@ -61,6 +68,11 @@ def inspect() -> None:
     ):
         if name in known:
             print(f"{name:22} {known[name]}")
+    if schedule.cur == 0 and router.schedule is not None and router.schedule.cur > 0:
+        print(
+            f"note: nothing scores below --threshold {arguments.threshold}; the exported schedule"
+        )
+        print(f"reuses {router.schedule.cur:.1%}, its cut is at {router.info.threshold:.3f}")
     print(f"{'CUR':22} {schedule.cur:.1%}")
     print(f"{'theoretical speed-up':22} {schedule.theoretical_speedup:.2f}x")
     print(f"{'computed per step':22} {' '.join(str(n) for n in schedule.compute.sum(axis=1))}")
@@ -72,9 +84,5 @@ def inspect() -> None:
     print(f"{'heat map':22} {out}")
 
 
-def main() -> None:
-    run_command(inspect)
-
-
 if __name__ == "__main__":
-    main()
+    inspect()

@@ -1,6 +1,6 @@
 """Train the bundled backbone: a class-conditional DiT-Ti/4 on CIFAR-10, in pixel space.
 
-    python scripts/train_backbone.py --data cifar10 --out results/backbone
+    python scripts/train_backbone.py --data cifar10 --out backbone
 
 ``--data`` is a folder of class folders (torchvision's ImageFolder) or ``cifar10``, which
 torchvision downloads. The run writes a checkpoint every ``--save-every`` steps and resumes from it
@@ -17,21 +17,23 @@ import io
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from tqdm import tqdm
 
-from harmonica.backbone import load_backbone
-from harmonica.config import BackboneConfig
+from harmonica.backbone import load_backbone, load_weights
+from harmonica.config import BackboneConfig, CommandParser
 from harmonica.diffusion import TRAIN_STEPS, Diffusion, linear_betas
-from harmonica.files import write_atomically
+from harmonica.errors import HarmonicaError, run_command
+from harmonica.files import existing_file, write_atomically
 from harmonica.plots import image_grid
 from harmonica.randomness import Draws
 from harmonica.sampling import sample
@@ -41,23 +43,36 @@ from models.dit import DiT
 CONFIG = MODELS["DiT-Ti/4"].config
 
 
-def load_images(data: str) -> tuple[Tensor, Tensor]:
-    """All images as uint8 (N, 3, 32, 32), and their labels (N,)."""
-    if data == "cifar10":
-        dataset = CIFAR10("data", train=True, download=True)
-        images, labels = dataset.data, dataset.targets
-    else:
-        dataset = ImageFolder(data)
-        labels = dataset.targets
-        images = np.stack([np.asarray(dataset[i][0]) for i in range(len(dataset))])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+def load_images(data: str) -> tuple[Tensor, Tensor, int]:
+    """All images as uint8 (N, 3, 32, 32), their labels (N,), and the number of classes.
+
+    Raises:
+        HarmonicaError: no folder of class folders with images.
+    """
+    crop = Compose([Resize(CONFIG.input_size), CenterCrop(CONFIG.input_size), PILToTensor()])
+    try:
+        if data == "cifar10":
+            dataset = CIFAR10("data", train=True, download=True, transform=crop)
+        else:
+            dataset = ImageFolder(data, transform=crop)
+        images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    except (OSError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise HarmonicaError(
+            f"--data {data} cannot be read ({reason}); pass a folder of class folders, or cifar10"
+        ) from None
+    return images, torch.tensor(dataset.targets), len(dataset.classes)
 
 
 class Batches:
     """Batch of any step: an epoch's permutation and the noise follow from (seed, step)."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int):
-        self.images, self.labels = images, labels
+    def __init__(self, images: Tensor, labels: Tensor, null: int, batch_size: int, seed: int):
+        if len(images) < batch_size:
+            raise HarmonicaError(
+                f"--batch-size {batch_size} is more than the {len(images)} images; use fewer"
+            )
+        self.images, self.labels, self.null = images, labels, null
         self.batch_size, self.seed = batch_size, seed
         self.per_epoch = len(images) // batch_size
 
@@ -73,7 +88,7 @@ class Batches:
         mirrored = torch.rand(len(index), generator=draw) < 0.5
         x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         dropped = torch.rand(len(index), generator=draw) < 0.1
-        y = torch.where(dropped, CONFIG.num_classes, self.labels[index])
+        y = torch.where(dropped, self.null, self.labels[index])
         # One timestep per stratum: uniform as before, with less variance in the loss.
         strata = torch.arange(len(index)) + torch.rand(len(index), generator=draw)
         t = (strata * TRAIN_STEPS / len(index)).long().clamp(max=TRAIN_STEPS - 1)
@@ -149,8 +164,10 @@ def export(ema: dict[str, Tensor], out: Path) -> None:
     half = {name: value.half().cpu().contiguous() for name, value in ema.items()}
     write_atomically(path, safetensors_bytes(half))
     device = next(iter(ema.values())).device
-    backbone = load_backbone(BackboneConfig(ckpt=path, num_sampling_steps=50), device)
-    labels = torch.arange(CONFIG.num_classes).repeat_interleave(10)
+    num_classes = len(ema["y_embedder.embedding_table.weight"]) - 1
+    config = BackboneConfig(ckpt=path, num_classes=num_classes, num_sampling_steps=50)
+    backbone = load_backbone(config, device)
+    labels = torch.arange(num_classes).repeat_interleave(10)
     latents = sample(backbone, None, Draws(0, "sample"), range(len(labels)), labels)
     image_grid(out / "samples.png", ((latents + 1) / 2).clamp(0, 1), columns=10)
 
@@ -159,17 +176,18 @@ def train(args: argparse.Namespace) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
+    images, labels, num_classes = load_images(args.data)
+    batches = Batches(images, labels, num_classes, args.batch_size, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    batches = Batches(*load_images(args.data), args.batch_size, args.seed)
     total = args.epochs * batches.per_epoch
 
-    model = DiT(CONFIG).to(device)
+    model = DiT(replace(CONFIG, num_classes=num_classes)).to(device)
     if device.type == "cpu":
         # The CPU backward of scaled_dot_product_attention takes a third of the whole step.
         for block in model.blocks:
             block.attn.fused_attn = False
     if args.init is not None:
-        model.load_state_dict(load_file(args.init))
+        load_weights(model, existing_file(args.init, "--init"), "DiT-Ti/4")
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -178,16 +196,16 @@ def train(args: argparse.Namespace) -> None:
         weight_decay=0.0,
         fused=True,
     )
-    checkpoint, step = args.out / "checkpoint.pt", 0
+    checkpoint, step, seconds = args.out / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, step = state["ema"], state["step"]
+        ema, step, seconds = state["ema"], state["step"], state.get("seconds", 0.0)
 
     forward = torch.compile(model)
     loss_fn = HybridLoss(Diffusion.respaced(TRAIN_STEPS, linear_betas()), device)
-    losses, started = [], time.time()
+    losses, started = [], time.time() - seconds
     bar = tqdm(total=total, initial=step, unit="step", desc="backbone", mininterval=5)
     metrics = (args.out / "metrics.jsonl").open("a")
     while step < total:
@@ -228,6 +246,7 @@ def train(args: argparse.Namespace) -> None:
                     "model": model.state_dict(),
                     "ema": ema,
                     "step": step,
+                    "seconds": time.time() - started,
                     "optimizer": optimizer.state_dict(),
                 },
                 checkpoint,
@@ -236,8 +255,9 @@ def train(args: argparse.Namespace) -> None:
             export(ema, args.out)
 
 
+@run_command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=60)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ class Golden:
     def num_steps(self) -> int:
         return self.hparams["T"]
 
-    @property
+    @cached_property
     def costs(self) -> Costs:
         return measure_costs(self.model)
 

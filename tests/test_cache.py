@@ -40,9 +40,10 @@ def test_blend_with_weights_of_zero_and_one_is_replay(golden: Golden):
     schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
     logits = torch.where(torch.from_numpy(schedule.compute.copy()), torch.inf, -torch.inf)
     batch, cache = golden.trajectories(), Cache(logits.shape[1])
+    masking = Masking(schedule.compute, "soft", stores_fresh=False)
 
     def predict(s, x):
-        return batch.predict(s, x, Masking("soft", cut=0.5).branches(cache, logits[s]))
+        return batch.predict(s, x, masking.branches(cache, s, logits[s]))
 
     with torch.no_grad():
         blended = batch.walk(State(batch.x_T), predict).x
@@ -53,13 +54,13 @@ def test_hard_masks_replay_and_pass_gradients_through(golden: Golden):
     schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
     batch, cache = golden.trajectories(), Cache(golden.logits.shape[1])
     logits = golden.logits.clone().requires_grad_()
-    rows = torch.cat([torch.full_like(logits[:1], torch.inf), logits[1:]])
+    masking = Masking(schedule.compute, "hard", stores_fresh=False)
 
     def predict(s, x):
-        return batch.predict(s, x, Masking("hard", cut=0.4).branches(cache, rows[s]))
+        return batch.predict(s, x, masking.branches(cache, s, logits[s]))
 
     x = batch.walk(State(batch.x_T), predict).x
-    assert relative(x.detach(), images(batch, schedule)) < 1e-6
+    assert torch.equal(x.detach(), images(batch, schedule))
     x.square().mean().backward()
     assert (logits.grad[1:] != 0).all()
 

@@ -76,7 +76,7 @@ def test_the_resolved_config_is_a_preset(run, tmp_path):
 
 def test_sampling_with_and_without_the_router(run, tmp_path):
     done = run_command(
-        "sample.py", "--path", run, "--num-sampling-steps", "4", "--compare", "--classes", "3", "5",
+        "sample.py", "--path", run, "--compare", "--classes", "3", "5",
         "--repeats", "2", "--out", "out", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ def test_a_full_schedule_gives_the_uncached_images(run, tmp_path):
         ),
     )  # fmt: skip
     done = run_command(
-        "sample.py", "--path", "full.safetensors", "--num-sampling-steps", "4", "--compare",
+        "sample.py", "--path", "full.safetensors", "--compare",
         "--num-images", "2", "--repeats", "1", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -124,13 +124,47 @@ def test_iddpm_samples(tmp_path):
 
 def test_evaluation_of_a_router_against_baselines(run, tmp_path):
     done = run_command(
-        "evaluate.py", "--path", run, "--num-sampling-steps", "4", "--num-images", "4",
-        "--random-schedules", "2", cwd=tmp_path,
+        "evaluate.py", "--path", run, "--num-images", "4", "--random-schedules", "2",
+        "--target-cur", "0.25", "0.5", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     curs = [result["schedule"]["cur"] for result in content["results"]]
-    assert len(curs) == 4 and set(curs) == {0.5}
+    assert sorted(curs) == [0.25] * 4 + [0.5] * 4
+    assert all(len(result["mse"]) == 4 for result in content["results"])
+    assert content["weights_hash"] in done.stdout
+    assert (tmp_path / "evaluation" / "evaluation.png").is_file()
+
+
+def test_fewer_images_leave_none_of_an_earlier_run(tmp_path):
+    for count in ("3", "2"):
+        done = run_command(
+            "sample.py", "--num-sampling-steps", "2", "--num-images", count, "--repeats", "1",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in (tmp_path / "samples" / "uncached").iterdir())
+    assert names == ["000000.png", "000001.png"]
+
+
+def test_flags_replace_the_budget_of_a_preset(tmp_path):
+    demo = ROOT / "configs" / "demo.yaml"
+    for flag, name in (("--target-speedup", "target_speedup"), ("--l1", "l1")):
+        done = run_command(
+            "train_router.py", "--config", demo, flag, "1.5", "--dry-run", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        config = yaml.safe_load(done.stdout)
+        assert config[name] == 1.5 and config["target_cur"] is None
+
+
+@pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
+def test_every_resolved_config_is_yaml(script, tmp_path):
+    done = run_command(
+        script, "--path", "a.json", "--threshold", "0.5", "--out", "o", "--dry-run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a.json" in str(yaml.safe_load(done.stdout))
 
 
 def test_inspecting_a_router(run, tmp_path):
@@ -172,6 +206,7 @@ def test_every_preset_resolves_and_says_what_it_gave(preset, tmp_path):
     assert done.returncode == 0, done.stderr
     header = [line for line in preset.read_text().splitlines() if line.startswith("#")]
     assert any(preset.name in line or "demo.sh" in line for line in header)
+    assert any("not measured yet" in line or "Measured" in line for line in header)
 
 
 def refusals(tmp_path):
@@ -182,7 +217,7 @@ def refusals(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("x")
-    save_router(tmp_path / "other.safetensors", RouterFile(torch.zeros(4, 6), RouterInfo()))
+    save_router(tmp_path / "other.safetensors", RouterFile(torch.zeros(20, 6), RouterInfo()))
     train, sample = "train_router.py", "sample.py"
     return [
         ([train, "--model", "DiT-XXL/2"], "--model DiT-XXL/2"),
@@ -190,6 +225,7 @@ def refusals(tmp_path):
         ([train, "--model", "DiT-XL/2", "--image-size", "260"], "--image-size 260"),
         ([train, "--image-size", "64"], "--ckpt"),
         ([train, "--num-classes", "7"], "--num-classes"),
+        ([train, "--global-seed", "99999999999999999999"], "--global-seed"),
         ([train, "--num-sampling-steps", "1"], "--num-sampling-steps 1"),
         ([train, "--num-sampling-steps", "1001"], "--num-sampling-steps 1001"),
         ([train, "--lr", "nan"], "--lr nan"),
@@ -221,6 +257,10 @@ def refusals(tmp_path):
         ([sample, "--compare"], "--path"),
         ([sample, "--out", "foreign"], "--out foreign"),
         ([sample, "--num-images", "0"], "--num-images 0"),
+        ([sample, "--threshold", "0"], "--path"),
+        ([sample, "--out", "file/below"], "--out file/below"),
+        (["evaluate.py", "--path", "x", "--target-cur", "0.5", "2"], "2.0"),
+        (["scripts/train_backbone.py", "--data", "absent", "--out", "b"], "--data absent"),
         (["evaluate.py"], "--path"),
         (["download.py", "DiT-S/2"], "DiT-S/2"),
         (["scripts/inspect_router.py", "absent"], "absent"),
@@ -253,3 +293,18 @@ def test_a_missing_checkpoint_offline_says_what_to_do(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "download.py" in done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_the_published_way_to_say_ddim(tmp_path):
+    done = run_command(
+        "sample.py", "--sampler", "iddpm", "--ddim-sample", "--num-sampling-steps", "2",
+        "--num-images", "1", "--repeats", "1", "--out", "a", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run_command(
+        "sample.py", "--num-sampling-steps", "2", "--num-images", "1", "--repeats", "1", "--out",
+        "b", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    a, b = (np.asarray(Image.open(tmp_path / n / "uncached" / "000000.png")) for n in "ab")
+    assert (a == b).all()

@@ -41,6 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         if wanted and start >= len(server.content):
             self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
             self.end_headers()
             return
         body = server.content[start:]
@@ -98,6 +99,18 @@ def test_a_file_that_is_not_the_announced_one_is_refused(server, tmp_path):
     with pytest.raises(HarmonicaError, match="not the expected file"):
         fetch(source(server.url), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partial_file_that_is_too_long_is_started_again(server, tmp_path):
+    (tmp_path / ".weights.pt.0.part").write_bytes(CONTENT + b"more")
+    with pytest.raises(HarmonicaError):
+        fetch(source(server.url), tmp_path)
+    assert fetch(source(server.url), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_whole_partial_file_is_taken(server, tmp_path):
+    (tmp_path / ".weights.pt.0.part").write_bytes(CONTENT)
+    assert fetch(source(server.url), tmp_path).read_bytes() == CONTENT
 
 
 def test_an_error_page_is_not_a_checkpoint(server, tmp_path):

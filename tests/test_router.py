@@ -109,14 +109,36 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, protocol):
 @pytest.mark.parametrize("layout", ["routers", "bare"])
 def test_published_files_load_with_their_rows_reversed(tmp_path, layout):
     rows = {f"{i}.prob": torch.full((1, 6), float(i)) for i in range(5)}
-    arguments = argparse.Namespace(model="DiT-Ti/4", ste_threshold=0.1, num_sampling_steps=5)
+    arguments = argparse.Namespace(model="DiT-Ti/4", ste_threshold=0.1, image_size="huge")
     whole = {"routers": rows, "opt": {"state": {}}, "args": arguments}
     path = tmp_path / "ckpt.pt"
     torch.save(whole if layout == "routers" else rows, path)
     router = load_router(path)
     assert router.logits[:, 0].tolist() == [4, 3, 2, 1, 0]
     assert router.info.model == ("DiT-Ti/4" if layout == "routers" else None)
-    assert router.schedule is None
+    assert router.info.image_size is None and router.schedule is None
+
+
+def test_published_arguments_of_another_kind_are_ignored(tmp_path):
+    torch.save({"routers": {"0.prob": torch.zeros(1, 6)}, "args": {"model": 3}}, tmp_path / "x.pt")
+    assert load_router(tmp_path / "x.pt").info.model is None
+
+
+def test_a_run_directory_stands_for_its_newest_published_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for update in (1000, 20000):
+        rows = {f"{i}.prob": torch.full((1, 6), update / 1e4) for i in range(5)}
+        torch.save(rows, tmp_path / "checkpoints" / f"{update:07d}.pt")
+    assert load_router(tmp_path).logits[0, 0] == 2.0
+
+
+def test_other_weights_are_pointed_out(golden_b: Golden):
+    info = RouterInfo(num_sampling_steps=10, weights_hash="a")
+    file = RouterFile(torch.zeros(10, len(golden_b.costs.names)), info)
+    with pytest.warns(UserWarning, match="trained on weights a"):
+        file.check(golden_b.model, replace(info, weights_hash="b"))
+    with pytest.raises(HarmonicaError, match="timesteps"):
+        RouterFile(file.logits, replace(info, timesteps=(1.0,))).check(golden_b.model, info)
 
 
 @pytest.mark.parametrize(

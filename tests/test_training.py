@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from harmonica.trainer import Trainer, samples_per_process
 
 ARGUMENTS = [
     "--num-sampling-steps", "4", "--global-batch-size", "8", "--max-steps", "9", "--lambda-c", "4",
-    "--log-every", "3", "--lr", "0.1", "--target-cur", "0.4", "--adam-eps", "1e-8",
+    "--log-every", "3", "--target-cur", "0.4",
 ]  # fmt: skip
 
 
@@ -34,31 +35,45 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Two gloo processes of train_router.py on this machine."""
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+        "--master_addr=127.0.0.1", f"--master_port={free_port()}",
+    ]  # fmt: skip
+    return subprocess.run(
+        [*launch, str(ROOT / "train_router.py"), *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     done = run_command("train_router.py", *ARGUMENTS, cwd=tmp_path / "one")
     assert done.returncode == 0, done.stderr
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-        "--master_addr=127.0.0.1", f"--master_port={free_port()}",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [*launch, str(ROOT / "train_router.py"), *ARGUMENTS],
-        cwd=tmp_path / "two", capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = torchrun(*ARGUMENTS, cwd=tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=2e-3)
-    routers = [
-        load_router(tmp_path / name / "results" / "000-DiT-Ti-4-T4") for name in ("one", "two")
-    ]
+    folders = [tmp_path / name / "results" / "000-DiT-Ti-4-T4" for name in ("one", "two")]
+    routers = [load_router(folder) for folder in folders]
     assert (routers[0].logits - routers[1].logits).abs().max() < 5e-3
     # Only one process writes.
     assert len(list((tmp_path / "two" / "results").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_together(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.tex").write_text("mine")
+    done = torchrun(*ARGUMENTS, cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --results-dir results holds files") == 1
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["thesis.tex"]
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused():
@@ -88,6 +103,12 @@ def test_beta_moves_towards_the_target_and_otherwise_stays():
     assert control.is_unset
     control.start(torch.tensor([1e-6, 2e-6, 3e-6]), target=0.5)
     assert control.beta == pytest.approx(2e-6) and not control.is_unset
+    negative = BetaControl(None, has_target=True)
+    negative.start(torch.tensor([-1e-6, -2e-6, torch.nan]), target=0.1)
+    assert negative.beta == pytest.approx(1.5e-8)
+    unseen = BetaControl(None, has_target=True)
+    unseen.start(torch.tensor([torch.nan, torch.inf]), target=0.1)
+    assert unseen.is_unset
     control.update(share=0.2, target=0.5)
     assert control.beta > 2e-6
     raised = control.beta
