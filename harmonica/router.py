@@ -44,7 +44,7 @@ class Router(nn.Module):
 
     @classmethod
     def initial(
-        cls, num_steps: int, num_branches: int, seed: int, mean: float = 0.0, std: float = 1.0
+        cls, num_steps: int, num_branches: int, seed: int, mean: float, std: float
     ) -> "Router":
         """Normally distributed logits; mean 0 and deviation 1 is the published start."""
         generator = torch.Generator().manual_seed(seed)
@@ -309,7 +309,11 @@ def load_router(path: Path, flag: str = "--path") -> RouterFile:
             path / "router.safetensors",
             *sorted(path.glob("checkpoints/*.pt"), reverse=True),
         ]
-        path = next((file for file in candidates if file.is_file()), path / "router.safetensors")
+        if (path / "config.yaml").is_file() and not candidates[0].is_file():
+            raise HarmonicaError(
+                f"{flag} {path} is a run that has not exported its router; let it finish"
+            )
+        path = next((file for file in candidates if file.is_file()), candidates[0])
     existing_file(path, flag)
     router = _load_own(path) if is_safetensors(path) else _load_published(path)
     if router.logits.ndim != 2 or not math.prod(router.logits.shape):

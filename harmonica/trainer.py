@@ -189,7 +189,9 @@ class Trainer:
         with tqdm(total=total, desc="router", unit="update", disable=not self._is_main) as bar:
             while self.updates < total:
                 if self.updates >= refresh_at:
+                    bar.set_description("router, image-error weights")
                     self.refresh_weights()
+                    bar.set_description("router")
                     refresh_at = self.updates + config.lambda_c
                 before = self.updates
                 table = self.train_one(total - self.updates)

@@ -10,6 +10,13 @@ import yaml
 from conftest import ROOT, run_command
 from PIL import Image
 
+from harmonica.config import (
+    EvaluateConfig,
+    SampleConfig,
+    TrainConfig,
+    build_parser,
+    resolve,
+)
 from harmonica.router import RouterFile, RouterInfo, load_router, save_router
 from harmonica.schedule import Schedule
 
@@ -308,3 +315,29 @@ def test_the_published_way_to_say_ddim(tmp_path):
     assert done.returncode == 0, done.stderr
     a, b = (np.asarray(Image.open(tmp_path / n / "uncached" / "000000.png")) for n in "ab")
     assert (a == b).all()
+
+
+README_COMMANDS = [
+    line.split("#")[0].split()
+    for path in (ROOT / "README.md", *sorted((ROOT / "configs").glob("*.yaml")))
+    for line in path.read_text().splitlines()
+    for line in [line.removeprefix("#   ")]
+    if line.startswith(".venv/bin/")
+]
+
+
+@pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
+def test_documented_commands_resolve(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    assert (ROOT / command[script]).is_file()
+    kinds = {
+        "train_router.py": TrainConfig, "sample.py": SampleConfig, "evaluate.py": EvaluateConfig,
+    }  # fmt: skip
+    if command[script] in kinds:
+        kind = kinds[command[script]]
+        resolve(kind, build_parser(kind, "").parse_args(command[script + 1 :]))
+
+
+def test_documented_commands_were_found():
+    assert len(README_COMMANDS) >= 10

@@ -32,7 +32,7 @@ INFO = RouterInfo(model="DiT-Ti/4", num_sampling_steps=7, timesteps=(6.0, 5, 4, 
 
 @pytest.fixture
 def router() -> RouterFile:
-    logits = Router.initial(7, 6, seed=0).logits()
+    logits = Router.initial(7, 6, seed=0, mean=0.0, std=1.0).logits()
     return RouterFile(logits, INFO, cur_schedule(logits, COSTS, 0.4))
 
 
@@ -132,6 +132,12 @@ def test_a_run_directory_stands_for_its_newest_published_checkpoint(tmp_path):
     assert load_router(tmp_path).logits[0, 0] == 2.0
 
 
+def test_an_unfinished_run_says_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(HarmonicaError, match="has not exported"):
+        load_router(tmp_path)
+
+
 def test_other_weights_are_pointed_out(golden_b: Golden):
     info = RouterInfo(num_sampling_steps=10, weights_hash="a")
     file = RouterFile(torch.zeros(10, len(golden_b.costs.names)), info)
@@ -186,7 +192,7 @@ def test_a_router_for_something_else_is_refused(golden_b: Golden):
 
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.25, 0.375, 0.5, 0.8])
 def test_target_cur_is_met_within_one_branch(target):
-    logits = Router.initial(20, 6, seed=3).logits()
+    logits = Router.initial(20, 6, seed=3, mean=0.0, std=1.0).logits()
     schedule = cur_schedule(logits, COSTS, target)
     assert abs(schedule.cur - target) <= 0.5 / logits.numel() + 1e-9
     # Whatever is reused scores no higher than whatever is computed.
@@ -197,13 +203,15 @@ def test_target_cur_is_met_within_one_branch(target):
 
 @pytest.mark.parametrize("target", [1.0, 1.2, 1.6, 2.5])
 def test_target_speedup_is_met_within_one_branch(target):
-    schedule = speedup_schedule(Router.initial(20, 6, seed=3).logits(), COSTS, target)
+    schedule = speedup_schedule(
+        Router.initial(20, 6, seed=3, mean=0.0, std=1.0).logits(), COSTS, target
+    )
     assert schedule.theoretical_speedup >= target
     assert schedule.macs + max(COSTS.macs) > 20 * COSTS.total / target
 
 
 def test_targets_out_of_reach_say_what_is_possible():
-    logits = Router.initial(2, 6, seed=0).logits()
+    logits = Router.initial(2, 6, seed=0, mean=0.0, std=1.0).logits()
     with pytest.raises(HarmonicaError, match=r"--target-cur.*0\.500"):
         cur_schedule(logits, COSTS, 0.6)
     with pytest.raises(HarmonicaError, match="--target-speedup"):

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from harmonica.errors import HarmonicaError
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.sampling import sample
+from harmonica.schedule import Schedule
 from harmonica.sdt import BetaControl
 from harmonica.trainer import Trainer, samples_per_process
 
@@ -158,3 +160,35 @@ def test_purposes_and_seeds_draw_different_noise():
 def test_labels_cover_all_classes():
     labels = Draws(0, "train").labels(range(400), 10)
     assert labels.bincount(minlength=10).min() > 20
+
+
+def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
+    config = TrainConfig(
+        num_sampling_steps=4, global_batch_size=4, max_steps=3, results_dir=tmp_path
+    )
+    half = Trainer(replace(config, mixed_precision="bf16"))
+    assert half.backbone.model.pos_embed.dtype == torch.bfloat16
+    half.refresh_weights()
+    assert half.train_one(None).isfinite().all()
+    whole, draws = Trainer(config).backbone, Draws(0, "sample")
+    low = sample(half.backbone, None, draws, range(4))
+    assert low.dtype == torch.float32
+    assert relative(low, sample(whole, None, draws, range(4))) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_on_a_gpu(precision, tmp_path):
+    trainer = Trainer(
+        TrainConfig(
+            num_sampling_steps=4, global_batch_size=8, max_steps=9, mixed_precision=precision,
+            results_dir=tmp_path,
+        )
+    )  # fmt: skip
+    directory = trainer.run()
+    assert load_router(directory.path).schedule.cur == 0.5
+    full = Schedule.full(4, trainer.backbone.costs)
+    draws = Draws(0, "sample")
+    replayed = sample(trainer.backbone, full, draws, range(4))
+    assert torch.equal(replayed, sample(trainer.backbone, None, draws, range(4)))
