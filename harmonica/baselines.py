@@ -25,7 +25,7 @@ def evenly_spaced(num_steps: int, costs: Costs, cur: float) -> Schedule:
     compute = np.ones((num_steps, branches), dtype=bool)
     # The k-th reused step ends the k-th of equal parts; the first step is never among them.
     for k in range(steps):
-        step = min(num_steps - 1, max(1, round((k + 1) * num_steps / steps) - 1))
+        step = max(k + 1, round((k + 1) * num_steps / steps) - 1)
         compute[step, : min(branches, count - k * branches)] = False
     return Schedule(compute, costs)
 

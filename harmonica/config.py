@@ -5,6 +5,7 @@ of the published scripts working. Unknown keys are errors.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from dataclasses import dataclass, field, fields
@@ -22,17 +23,15 @@ from harmonica.samplers import SAMPLERS
 from models import MODELS
 
 # Three ways to say how much to reuse, of which one counts.
-BUDGETS = {"l1", "target_cur", "target_speedup"}
+BUDGETS = ("l1", "target_cur", "target_speedup")
+# A flag of a group replaces what a preset says of it, and of what follows from it by default.
+REPLACED_BY_FLAG = (
+    (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
+    (("epochs", "max_steps"), ("epochs", "max_steps")),
+    (("global_batch_size",), ("lambda_batch_size",)),
+)
 # What sampling takes over from a router file unless a flag says otherwise.
-SHARED_WITH_ROUTER = {
-    "model",
-    "image_size",
-    "num_classes",
-    "sampler",
-    "eta",
-    "num_sampling_steps",
-    "cfg_scale",
-}
+SHARED_WITH_ROUTER = ("model", "image_size", "num_classes", "sampler", "eta", "cfg_scale")
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -92,7 +91,9 @@ class TrainConfig(BackboneConfig):
         0, "seed of initial scores, noise and labels", low=0, high=2**32, aliases=("--seed",)
     )
     lr: float = option(0.1, "AdamW learning rate of the logits", low=0)
-    adam_eps: float = option(1e-15, "AdamW epsilon, to be far below the gradients", low=0)
+    adam_eps: float = option(
+        1e-15, "AdamW epsilon, to be far below the gradients", low=1e-30, high=1
+    )
     l1: float | None = option(None, "beta, price of a computed branch, by hand", low=0)
     target_cur: float | None = option(
         None,
@@ -273,23 +274,25 @@ def _from_yaml(spec: Any, value: Any, path: Path) -> Any:
     kind = _types_of(spec)[0]
     if value is None and type(None) in get_args(spec.type):
         return None
-    if spec.metadata["many"] and isinstance(value, list):
+    if spec.metadata["many"] and isinstance(value, list) and value:
         item = get_args(kind)[0]
-        if all(type(v) is (str if item is Path else item) for v in value):
-            return tuple(item(v) for v in value)
+        return tuple(_scalar_from_yaml(spec.name, item, element, path) for element in value)
+    return _scalar_from_yaml(spec.name, kind, value, path)
+
+
+def _scalar_from_yaml(name: str, kind: type, value: Any, path: Path) -> Any:
     if kind is float and type(value) in (int, float):
         return float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 7e-8 as a string
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind in (int, bool, str) and type(value) is kind:
         return value
+    wanted = getattr(kind, "__name__", "list") if kind in (int, float, bool, str, Path) else "list"
     raise HarmonicaError(
-        f"--config {path}: {spec.name} = {value!r} is not a {kind.__name__}; correct the preset"
+        f"--config {path}: {name} = {value!r} is not a {wanted} to be used; correct the preset"
     )
 
 
@@ -340,8 +343,10 @@ def validate(config: BackboneConfig) -> None:
             )
         for item in value if isinstance(value, tuple) else (value,):
             _validate_number(flag, item, rule["low"], rule["high"])
-    if isinstance(config, TrainConfig) and None not in (config.target_cur, config.target_speedup):
-        raise HarmonicaError("--target-cur and --target-speedup exclude each other; pass one")
+    if isinstance(config, TrainConfig):
+        budgets = [flag_of(name) for name in BUDGETS if getattr(config, name) is not None]
+        if len(budgets) > 1:
+            raise HarmonicaError(f"{' and '.join(budgets)} exclude each other; pass one")
     factor = MODELS[config.model].latent_factor
     if config.image_size is not None and config.image_size % factor:
         raise HarmonicaError(
@@ -362,9 +367,10 @@ def _known_to_router(cls: type[BackboneConfig], values: dict[str, Any]) -> dict[
     first = Path(paths[0] if not isinstance(paths[0], tuple) else paths[0][0]) if paths else None
     if first is None or not first.exists() or first.suffix == ".json":
         return {}
-    info = load_router(first).info
-    known = {name: getattr(info, name, None) for name in (spec.name for spec in fields(cls))}
-    return {n: v for n, v in known.items() if v is not None and n in SHARED_WITH_ROUTER}
+    router = load_router(first)
+    known = {name: getattr(router.info, name) for name in SHARED_WITH_ROUTER}
+    known["num_sampling_steps"] = len(router.logits)
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
@@ -373,9 +379,9 @@ def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
     given.pop("dry_run", None)
     preset = given.pop("config", None)
     values = read_preset(cls, preset) if preset is not None else {}
-    if BUDGETS & given.keys():
-        # A budget on the command line replaces the preset's, whichever of the three that set.
-        values = {name: value for name, value in values.items() if name not in BUDGETS}
+    for flags, replaced in REPLACED_BY_FLAG:
+        if given.keys() & set(flags):
+            values = {name: value for name, value in values.items() if name not in replaced}
     values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     config = cls(**{**_known_to_router(cls, values), **values})
     validate(config)

@@ -1,5 +1,6 @@
 """Published checkpoints: fetched once, resumed when interrupted, verified, kept by hash."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -65,11 +66,25 @@ def fetch(source: WeightSource, folder: Path | None = None) -> Path:
     path = folder / source.file
     if path.is_file():
         return path
-    reasons = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f".{source.file}.lock").open("w")
+    except OSError as error:
+        raise HarmonicaError(
+            f"{folder} cannot be written to ({error.strerror}); set HARMONICA_CACHE to a folder "
+            "that can"
+        ) from None
+    with lock:
+        # Another command may be fetching the same file; what it leaves is found below.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return path if path.is_file() else _fetch(source, path)
+
+
+def _fetch(source: WeightSource, path: Path) -> Path:
+    folder, reasons = path.parent, []
     for number, url in enumerate(source.urls):
         partial = folder / f".{source.file}.{number}.part"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             announced = _download(url, partial, source.file)
             digest = sha256(partial)
             if partial.stat().st_size < source.size or announced not in (None, digest):

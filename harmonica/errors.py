@@ -3,7 +3,10 @@
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
+
+SAY_FIRST_S = 5
 
 
 class HarmonicaError(Exception):
@@ -13,7 +16,8 @@ class HarmonicaError(Exception):
 def run_command(program: Callable[[], None]) -> Callable[[], None]:
     """Decorator of command-line programs: bad input ends one with its sentence and exit code 2.
 
-    Under torchrun every process meets the same bad input; the first one says so.
+    Under torchrun every process of a machine meets the same bad input. The first one says so; the
+    others wait a moment, because the first to end has all the rest stopped.
     """
 
     @functools.wraps(program)
@@ -21,8 +25,10 @@ def run_command(program: Callable[[], None]) -> Callable[[], None]:
         try:
             program()
         except HarmonicaError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(SAY_FIRST_S)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

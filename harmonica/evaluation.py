@@ -29,9 +29,13 @@ def contenders(config: EvaluateConfig, backbone: Backbone) -> Group:
     """The routers, and at every CUR among them the baselines of equal cost."""
     groups: Group = {}
     for path in config.paths or ():
-        exported = load_schedule(path, config.threshold, backbone)
-        chosen = [exported]
+        chosen = [load_schedule(path, config.threshold, backbone)]
         if config.curs is not None:
+            if path.suffix == ".json" or config.threshold is not None:
+                raise HarmonicaError(
+                    "--target-cur makes schedules from the scores of a router; pass a router file "
+                    "and no --threshold"
+                )
             logits = load_router(path).logits
             chosen = [cur_schedule(logits, backbone.costs, cur) for cur in config.curs]
         for schedule in chosen:

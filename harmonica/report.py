@@ -147,9 +147,7 @@ def load_schedule(path: Path, threshold: float | None, backbone: Backbone) -> Sc
 
 
 def save_images(folder: Path, images: Tensor) -> None:
-    """``000000.png`` ... in sample order; images of an earlier, larger run are removed."""
-    for stale in folder.glob("[0-9]*.png"):
-        stale.unlink()
+    """``000000.png`` ... in sample order."""
     for i, image in enumerate(images):
         buffer = io.BytesIO()
         to_pil_image(image).save(buffer, format="PNG")
@@ -200,6 +198,10 @@ def sample_and_report(config: SampleConfig) -> str:
         )
     images = {name: decode(x) for name, x in latents.items()}
 
+    for stale in ("uncached.png", "with_router.png", "comparison.png"):
+        (config.out / stale).unlink(missing_ok=True)
+    for stale in config.out.glob("*/[0-9]*.png"):
+        stale.unlink()
     pictures = []
     for name, shown in images.items():
         folder = config.out / name.replace(" ", "_")
@@ -228,7 +230,7 @@ def select_device() -> torch.device:
 
 
 def check_output(out: Path, report: str) -> None:
-    """Make the folder, or refuse one whose files are not an earlier run's of the same command.
+    """Refuse a folder that cannot be written to or holds other files than an earlier run's.
 
     Raises:
         HarmonicaError: it is a file, holds something else, or cannot be written to.
@@ -240,7 +242,8 @@ def check_output(out: Path, report: str) -> None:
             raise HarmonicaError(
                 f"--out {out} holds files but no {report} of an earlier run; pass another folder"
             )
-        if "weights_hash" not in read_json(out / report):
+        earlier = read_json(out / report)
+        if not isinstance(earlier, dict) or "weights_hash" not in earlier:
             raise HarmonicaError(f"--out {out} holds a foreign {report}; pass another folder")
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

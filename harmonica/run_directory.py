@@ -92,5 +92,11 @@ class RunDirectory:
 
     def log(self, record: dict) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise HarmonicaError(
+                f"cannot write {self.path / 'metrics.jsonl'} ({error.strerror}); make room and "
+                "start again"
+            ) from None

@@ -67,13 +67,17 @@ class BetaControl:
     follows ``log beta += gain * (target - share)`` after every trajectory. ``share`` counts scores
     below one half: so the scores that the target cuts between stay where the sigmoid is steepest,
     far from the bounds of the logits.
+
+    A logit moves by about ``lr`` a trajectory, so the gain is a small multiple of ``lr``: a faster
+    controller would wind up long before the scores can answer.
     """
 
-    GAIN = 1.0
+    GAIN_PER_LR = 2.0
 
-    def __init__(self, beta: float | None, has_target: bool):
+    def __init__(self, beta: float | None, has_target: bool, lr: float):
         self.has_target = has_target
         self.beta = 0.0 if beta is None else beta
+        self.gain = self.GAIN_PER_LR * lr
 
     @property
     def is_unset(self) -> bool:
@@ -90,4 +94,4 @@ class BetaControl:
 
     def update(self, share: float, target: float) -> None:
         if self.has_target:
-            self.beta *= math.exp(self.GAIN * (target - share))
+            self.beta *= math.exp(self.gain * (target - share))

@@ -66,7 +66,7 @@ class Trainer:
             router_optimizer(self.router, config.lr, config.adam_eps)
         )
         self.schedule()  # a target out of reach is refused before anything is written
-        self.beta = BetaControl(config.l1, config.has_target)
+        self.beta = BetaControl(config.l1, config.has_target, config.lr)
         self.weights = torch.zeros(config.num_sampling_steps)
         self.refreshes: list[tuple[int, list[float]]] = []
         self.updates = self.trajectories = 0
@@ -223,18 +223,30 @@ class Trainer:
         if self._is_main:
             try:
                 directory = RunDirectory.create(self.config.results_dir, self.config)
+                self._start_wandb(directory)
             except HarmonicaError as error:
                 refusal = str(error)
         refusal = broadcast_object_list([refusal])[0]
         if refusal is not None:
             raise HarmonicaError(refusal)
-        if self.config.wandb:
+        return directory
+
+    def _start_wandb(self, directory: RunDirectory) -> None:
+        if not self.config.wandb:
+            return
+        from wandb.errors import Error  # nothing touches wandb without the flag
+
+        try:
             self.accelerator.init_trackers(
                 "harmonica",
                 config=plain(self.config),
-                init_kwargs={"wandb": {"dir": str(directory.path) if directory else None}},
+                init_kwargs={"wandb": {"dir": str(directory.path)}},
             )
-        return directory
+        except (Error, OSError) as error:
+            reason = str(error).split("\n")[0]
+            raise HarmonicaError(
+                f"--wandb cannot start ({reason}); run `wandb login`, or set WANDB_MODE=offline"
+            ) from None
 
     def _log(self, directory: RunDirectory | None, table: Tensor) -> None:
         loss, mse, l1 = table.mean(dim=0).tolist()

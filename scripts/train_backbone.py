@@ -30,7 +30,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from tqdm import tqdm
 
 from harmonica.backbone import load_backbone, load_weights
-from harmonica.config import BackboneConfig, CommandParser
+from harmonica.config import BackboneConfig, CommandParser, flag_of
 from harmonica.diffusion import TRAIN_STEPS, Diffusion, linear_betas
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import existing_file, write_atomically
@@ -270,6 +270,13 @@ def main() -> None:
     parser.add_argument("--export-every", type=int, default=5, help="epochs")
     parser.add_argument("--init", type=Path, help="weights to start from (.safetensors)")
     args = parser.parse_args()
+    for name in ("epochs", "batch_size", "warmup", "save_every", "export_every"):
+        if getattr(args, name) < 1:
+            raise HarmonicaError(f"{flag_of(name)} must be at least 1")
+    if args.init is not None and (args.out / "checkpoint.pt").exists():
+        raise HarmonicaError(
+            f"--init does not go with the checkpoint in --out {args.out}; drop one"
+        )
     train(args)
 
 

@@ -165,6 +165,23 @@ def test_flags_replace_the_budget_of_a_preset(tmp_path):
         assert config[name] == 1.5 and config["target_cur"] is None
 
 
+def test_flags_on_a_resolved_config_act_as_on_the_defaults(run, tmp_path):
+    """What follows from an option by default follows from the flag, not from the earlier run."""
+
+    def resolved(*arguments):
+        parser = build_parser(TrainConfig, "")
+        return resolve(TrainConfig, parser.parse_args([str(word) for word in arguments]))
+
+    fresh, again = TINY, ("--config", run / "config.yaml")
+    for flags, names in (
+        (("--l1", "7e-8"), ("lambda_form", "compares_all", "target_cur")),
+        (("--epochs", "500"), ("max_steps",)),
+        (("--global-batch-size", "64"), ("lambda_batch_size",)),
+    ):
+        a, b = resolved(*fresh, *flags), resolved(*again, *flags)
+        assert [getattr(a, name) for name in names] == [getattr(b, name) for name in names]
+
+
 @pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
 def test_every_resolved_config_is_yaml(script, tmp_path):
     done = run_command(
@@ -220,6 +237,7 @@ def refusals(tmp_path):
     """(command line, what the sentence must name)."""
     (tmp_path / "bad.yaml").write_text("no_such_option: 1\n")
     (tmp_path / "type.yaml").write_text("lr: fast\n")
+    (tmp_path / "empty.yaml").write_text("classes: []\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
@@ -244,6 +262,9 @@ def refusals(tmp_path):
         ([train, "--target-cur", "0.99"], "--target-cur 0.99"),
         ([train, "--target-speedup", "40"], "--target-speedup 40"),
         ([train, "--target-cur", "0.5", "--target-speedup", "2"], "--target-speedup"),
+        ([train, "--target-cur", "0.5", "--l1", "1e-7"], "--l1"),
+        ([train, "--adam-eps", "0"], "--adam-eps"),
+        ([sample, "--config", "empty.yaml"], "classes"),
         ([train, "--mixed-precision", "fp8"], "--mixed-precision"),
         ([train, "--config", "bad.yaml"], "no_such_option"),
         ([train, "--config", "type.yaml"], "lr"),
@@ -327,8 +348,9 @@ README_COMMANDS = [
 
 
 @pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
-def test_documented_commands_resolve(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_documented_commands_resolve(command, tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     script = next(i for i, word in enumerate(command) if word.endswith(".py"))
     assert (ROOT / command[script]).is_file()
     kinds = {

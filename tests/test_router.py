@@ -240,7 +240,7 @@ def test_macs_and_speedup_by_hand():
     assert schedule.cur == pytest.approx(2 / 24)
 
 
-@pytest.mark.parametrize("cur", [0.1, 0.25, 0.375, 0.5, 0.75])
+@pytest.mark.parametrize("cur", [0.1, 0.25, 0.375, 0.5, 0.75, 0.85, 0.9, 0.95])
 def test_baselines_have_the_cur_that_was_asked_for(cur):
     for schedule in (evenly_spaced(20, COSTS, cur), random_schedule(20, COSTS, cur, seed=1)):
         assert abs(schedule.cur - cur) <= 0.5 / 120 + 1e-9

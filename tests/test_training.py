@@ -14,10 +14,10 @@ from conftest import ROOT, relative, run_command
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError
 from harmonica.randomness import Draws
-from harmonica.router import load_router
+from harmonica.router import Router, load_router
 from harmonica.sampling import sample
 from harmonica.schedule import Schedule
-from harmonica.sdt import BetaControl
+from harmonica.sdt import BetaControl, router_optimizer
 from harmonica.trainer import Trainer, samples_per_process
 
 ARGUMENTS = [
@@ -76,6 +76,9 @@ def test_two_processes_refuse_together(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("error: --results-dir results holds files") == 1
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["thesis.tex"]
+    done = torchrun("--lr", "-1", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --lr -1") == 1
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused():
@@ -101,14 +104,14 @@ def test_training_meets_its_target(target, tmp_path):
 
 
 def test_beta_moves_towards_the_target_and_otherwise_stays():
-    control = BetaControl(None, has_target=True)
+    control = BetaControl(None, has_target=True, lr=0.1)
     assert control.is_unset
     control.start(torch.tensor([1e-6, 2e-6, 3e-6]), target=0.5)
     assert control.beta == pytest.approx(2e-6) and not control.is_unset
-    negative = BetaControl(None, has_target=True)
+    negative = BetaControl(None, has_target=True, lr=0.1)
     negative.start(torch.tensor([-1e-6, -2e-6, torch.nan]), target=0.1)
     assert negative.beta == pytest.approx(1.5e-8)
-    unseen = BetaControl(None, has_target=True)
+    unseen = BetaControl(None, has_target=True, lr=0.1)
     unseen.start(torch.tensor([torch.nan, torch.inf]), target=0.1)
     assert unseen.is_unset
     control.update(share=0.2, target=0.5)
@@ -116,10 +119,38 @@ def test_beta_moves_towards_the_target_and_otherwise_stays():
     raised = control.beta
     control.update(share=0.9, target=0.5)
     assert control.beta < raised
-    fixed = BetaControl(3e-8, has_target=False)
+    fixed = BetaControl(3e-8, has_target=False, lr=0.1)
     assert not fixed.is_unset
     fixed.update(0.0, 0.5)
     assert fixed.beta == 3e-8
+
+
+@pytest.mark.parametrize(("lr", "trajectories"), [(0.1, 60), (0.02, 300)])
+def test_steering_settles_at_the_target(lr, trajectories):
+    """Closed loop on branches of known worth: the share arrives and beta does not run away."""
+    generator = torch.Generator().manual_seed(0)
+    worths = torch.randn(19, 24, generator=generator).exp() * 1e-6
+    router = Router.initial(20, 24, seed=0, mean=0.0, std=0.1)
+    optimizer = router_optimizer(router, lr, eps=1e-15)
+    control, target, betas = BetaControl(None, has_target=True, lr=lr), 0.4, []
+    for _ in range(trajectories):
+        noisy = worths * (1 + 0.5 * torch.randn(worths.shape, generator=generator))
+        for s in range(1, 20):
+            scores = router.row(s).detach().sigmoid()
+            slope = scores * (1 - scores)
+            # A blend's error falls with the square of what is missing.
+            router.row(s).grad = slope * (control.beta - 2 * (1 - scores) * noisy[s - 1])
+            optimizer.step()
+            optimizer.zero_grad()
+            router.clamp(s)
+        if control.is_unset:
+            control.start(noisy, target)
+        else:
+            control.update((router.logits()[1:] <= 0).float().mean().item(), target)
+        betas.append(control.beta)
+    share = (router.logits()[1:] <= 0).float().mean().item()
+    assert share == pytest.approx(target, abs=0.12)
+    assert max(betas) / min(betas) < 10
 
 
 def test_batches_do_not_depend_on_how_often_weights_are_refreshed(tmp_path):
