@@ -46,18 +46,19 @@ def test_iddpm_equals_the_published_trajectory(golden: Golden):
     assert relative(states(batch), golden.arrays["iddpm/x"]) < 1e-5
 
 
-def test_ddim_equals_the_library_on_respaced_betas():
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_ddim_equals_the_library_on_respaced_betas(eta):
     diffusion = Diffusion.respaced(20)
     library = DDIMScheduler(
         num_train_timesteps=20, trained_betas=diffusion.betas, clip_sample=False
     )
     library.set_timesteps(20)
-    sampler, generator = DDIM(diffusion), torch.Generator().manual_seed(0)
+    sampler, generator = DDIM(diffusion, eta), torch.Generator().manual_seed(0)
     x = theirs = torch.randn(2, 3, 4, 4, generator=generator)
     for s, t in enumerate(library.timesteps):
-        eps = torch.randn(x.shape, generator=generator)
-        x = sampler.step(s, State(x), eps, None).x
-        theirs = library.step(eps, t, theirs).prev_sample
+        eps, noise = torch.randn(2, *x.shape, generator=generator)
+        x = sampler.step(s, State(x), eps, noise).x
+        theirs = library.step(eps, t, theirs, eta=eta, variance_noise=noise).prev_sample
     assert relative(x, theirs) < 1e-5
 
 
