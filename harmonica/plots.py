@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -37,6 +38,8 @@ def router_heatmap(path: Path, scores: np.ndarray, schedule: Schedule, title: st
         axis.scatter(columns, steps, s=6, c="white", edgecolors="black", linewidths=0.4)
         axis.set_title(schedule.costs.names[group[0]].rsplit(".", 1)[-1])
         axis.set_xlabel("block")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel("step, in sampling order")
     figure.colorbar(image, ax=axes[0].tolist(), label="score (dot: computed)")
     figure.suptitle(
@@ -46,7 +49,7 @@ def router_heatmap(path: Path, scores: np.ndarray, schedule: Schedule, title: st
 
 
 def lambda_curve(path: Path, refreshes: list[tuple[int, list[float]]]) -> None:
-    """Image-error weights per step; ``refreshes`` are (update, weights (T,)), oldest first."""
+    """Weights of the loss per step; ``refreshes`` are (update, weights (T,)), oldest first."""
     figure = Figure((7, 4), layout="constrained")
     axis = figure.subplots()
     shades = colormaps["viridis"](np.linspace(0.15, 0.95, len(refreshes)))
@@ -61,7 +64,8 @@ def lambda_curve(path: Path, refreshes: list[tuple[int, list[float]]]) -> None:
         )
     axis.set_yscale("log")
     axis.set_xlabel("step, in sampling order")
-    axis.set_ylabel("image-error weight lambda")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylabel("weight of the step's error, from lambda")
     axis.legend()
     _save(figure, path)
 
