@@ -341,7 +341,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     scaler = GradScalerKwargs(growth_interval=50)
     return Accelerator(
         cpu=cpu,
-        mixed_precision=config.mixed_precision,
+        # The backbone is in its precision already; fp16 gradients want a scaler besides.
+        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
         log_with="wandb" if config.wandb else None,
         kwargs_handlers=[scaler],
     )

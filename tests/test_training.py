@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, relative, run_command
 
 from harmonica.config import TrainConfig
@@ -211,6 +212,7 @@ def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_training_on_a_gpu(precision, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
     trainer = Trainer(
         TrainConfig(
             num_sampling_steps=4, global_batch_size=8, max_steps=9, mixed_precision=precision,
