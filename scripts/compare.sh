@@ -16,4 +16,4 @@ for seed in 0 1 2; do
     --mixed-precision bf16 --results-dir "$out/routers"
 done
 .venv/bin/python evaluate.py --path "$out"/routers/0* --target-cur 0.25 0.375 0.5 \
-  --mixed-precision bf16 --num-images 512 --out "$out/evaluation"
+  --num-images 512 --out "$out/evaluation"
