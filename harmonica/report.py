@@ -154,6 +154,14 @@ def save_images(folder: Path, images: Tensor) -> None:
         write_atomically(folder / f"{i:06d}.png", buffer.getvalue())
 
 
+def _remove_pictures(out: Path) -> None:
+    """Remove what an earlier run into the same folder drew, and nothing else."""
+    for name in ("uncached", "with_router", "comparison"):
+        (out / f"{name}.png").unlink(missing_ok=True)
+        for image in (out / name).glob("[0-9]" * 6 + ".png"):
+            image.unlink()
+
+
 def sample_and_report(config: SampleConfig) -> str:
     """Sample, write pictures and ``report.json`` into ``config.out``; returns the printed table.
 
@@ -198,11 +206,8 @@ def sample_and_report(config: SampleConfig) -> str:
         )
     images = {name: decode(x) for name, x in latents.items()}
 
-    for stale in ("uncached.png", "with_router.png", "comparison.png"):
-        (config.out / stale).unlink(missing_ok=True)
-    for stale in config.out.glob("*/[0-9]*.png"):
-        stale.unlink()
-    pictures = []
+    _remove_pictures(config.out)
+    pictures, error = [], None
     for name, shown in images.items():
         folder = config.out / name.replace(" ", "_")
         save_images(folder, shown)
@@ -211,8 +216,6 @@ def sample_and_report(config: SampleConfig) -> str:
     if len(images) > 1:
         pictures.append(config.out / "comparison.png")
         comparison(pictures[-1], images)
-    error = None
-    if len(images) > 1:
         error = ImageError.between(
             latents["with router"], latents["uncached"], images["with router"], images["uncached"]
         )

@@ -46,10 +46,7 @@ class Trainer:
             config.global_batch_size, halves, processes, "--global-batch-size"
         )
         self.lambda_samples = samples_per_process(
-            config.lambda_batch_size,
-            halves,
-            processes,
-            "--lambda-batch-size",
+            config.lambda_batch_size, halves, processes, "--lambda-batch-size"
         )
         # One process of a machine fetches missing weights, the others find them.
         with self.accelerator.local_main_process_first():
@@ -113,9 +110,8 @@ class Trainer:
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
         image, output = self.accelerator.reduce(torch.stack([errors.image, errors.output]), "mean")
-        weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
-        self.weights = weights
-        self.refreshes.append((self.updates, weights.tolist()))
+        self.weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
+        self.refreshes.append((self.updates, self.weights.tolist()))
 
     def update(self, step: StepError) -> tuple[Tensor, Tensor]:
         """One AdamW step of one row.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison table of the README: three routers on the bundled backbone against FORA and random
-# schedules at 25, 37.5 and 50 % reuse, 512 held-out seeds. Takes about half an hour on two cores.
+# schedules at 25, 37.5 and 50 % reuse, 512 held-out seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

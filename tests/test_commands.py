@@ -150,6 +150,9 @@ def test_fewer_images_leave_none_of_an_earlier_run(tmp_path):
             cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        (tmp_path / "samples" / "mine").mkdir(exist_ok=True)
+        (tmp_path / "samples" / "mine" / "000007.png").write_bytes(b"kept")
+    assert (tmp_path / "samples" / "mine" / "000007.png").read_bytes() == b"kept"
     names = sorted(p.name for p in (tmp_path / "samples" / "uncached").iterdir())
     assert names == ["000000.png", "000001.png"]
 
