@@ -1,17 +1,19 @@
 """Samplers behind one interface: a step is a pure function of the state and the model's output.
 
-They are our own few lines rather than a library's schedulers because a trajectory has to be
-branched at any step (explicit state) and its noise handed in per sample; ``tests/test_samplers.py``
-holds them against the library's.
+A trajectory has to be branched at any step, so state is explicit, and its noise is handed in per
+sample. DDIM and IDDPM are our own few lines, because no setting of the library's schedulers visits
+the published timesteps; ``tests/test_samplers.py`` holds them against the library all the same.
+Multistep solvers are the library's, their state taken out.
 """
 
+import copy
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from harmonica.diffusion import Diffusion
+from harmonica.diffusion import Diffusion, linear_betas
 from harmonica.errors import HarmonicaError
 
 
@@ -107,7 +109,44 @@ class IDDPM:
         return State(x)
 
 
-SAMPLERS = ("ddim", "iddpm")
+@dataclass(frozen=True)
+class Multistep:
+    """A multistep solver of diffusers: what it remembers travels in ``State.history``.
+
+    ``scheduler`` has its timesteps set and is never stepped: every step works on a shallow copy.
+    """
+
+    name: str
+    scheduler: Any
+    stochastic = False
+    uses_variance = False
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        return tuple(self.scheduler.timesteps.tolist())
+
+    def step(self, s: int, state: State, output: Tensor, noise: Tensor | None) -> State:
+        solver = copy.copy(self.scheduler)
+        order = solver.config.solver_order
+        solver.set_begin_index(s)
+        solver.model_outputs = [*[None] * (order - len(state.history)), *state.history]
+        solver.lower_order_nums = len(state.history)
+        x = solver.step(output[:, : state.x.shape[1]], None, state.x).prev_sample
+        return State(x, tuple(m for m in solver.model_outputs if m is not None))
+
+
+def dpm_solver_pp(num_steps: int) -> Multistep:
+    """DPM-Solver++(2M) (Lu et al., 2022), evaluations evenly spaced in t, down to no noise."""
+    from diffusers import DPMSolverMultistepScheduler  # heavy, and only this sampler needs it
+
+    scheduler = DPMSolverMultistepScheduler(
+        trained_betas=linear_betas(), solver_order=2, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(num_steps)
+    return Multistep("dpm-solver++", scheduler)
+
+
+SAMPLERS = ("ddim", "iddpm", "dpm-solver++")
 
 
 def create_sampler(name: str, num_steps: int, eta: float = 0.0) -> Sampler:
@@ -120,4 +159,6 @@ def create_sampler(name: str, num_steps: int, eta: float = 0.0) -> Sampler:
         raise HarmonicaError(
             f"--num-sampling-steps {num_steps} does not fit: {error}; use 2 to 1000"
         ) from None
+    if name == "dpm-solver++":
+        return dpm_solver_pp(num_steps)
     return DDIM(diffusion, eta) if name == "ddim" else IDDPM(diffusion)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import Golden, relative
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from harmonica.diffusion import Diffusion, linear_betas, respaced_timesteps
 from harmonica.errors import HarmonicaError
@@ -75,3 +75,20 @@ def test_the_last_step_adds_no_noise():
     for sampler in (create_sampler("ddim", 5, eta=1.0), create_sampler("iddpm", 5)):
         output = torch.zeros(1, 2, 2, 2)
         assert sampler.step(4, State(x), output, noise).x.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [2, 10, 20])  # below 15 steps the library lowers its last orders
+def test_a_multistep_solver_equals_the_library_and_can_be_branched(count):
+    library = DPMSolverMultistepScheduler(trained_betas=linear_betas(), final_sigmas_type="zero")
+    library.set_timesteps(count)
+    sampler, generator = create_sampler("dpm-solver++", count), torch.Generator().manual_seed(0)
+    assert sampler.timesteps == tuple(library.timesteps.tolist())
+    theirs = torch.randn(2, 3, 4, 4, generator=generator)
+    state = State(theirs)
+    for s, t in enumerate(library.timesteps):
+        output, other = torch.randn(2, 2, 6, 4, 4, generator=generator)
+        sampler.step(s, state, other, None)  # a branch that leaves no trace
+        state = sampler.step(s, state, output, None)
+        theirs = library.step(output[:, :3], t, theirs).prev_sample
+        assert relative(state.x, theirs) < 1e-6
+    assert state.x.isfinite().all()
