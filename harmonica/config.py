@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 
+from harmonica.budget import Budget
 from harmonica.cache import MASKS
 from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
@@ -33,6 +34,16 @@ REPLACED_BY_FLAG = (
 # What sampling takes over from a router file unless a flag says otherwise.
 SHARED_WITH_ROUTER = ("model", "image_size", "num_classes", "sampler", "eta", "cfg_scale")
 PRECISIONS = ("no", "bf16", "fp16")
+# Keys of ``harmonica.baselines.METHODS``, which stands above this module.
+METHODS = (
+    "fewer-steps",
+    "fewer-steps-dpm-solver++",
+    "fora",
+    "delta-dit",
+    "smoothcache",
+    "uniform",
+    "random",
+)
 
 
 def option(
@@ -150,15 +161,15 @@ class TrainConfig(BackboneConfig):
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
         if self.compares_all is None:
-            object.__setattr__(self, "compares_all", not self.has_target)
+            object.__setattr__(self, "compares_all", self.budget is None)
         if self.lambda_form is None:
-            form = "sensitivity" if self.has_target else "published"
+            form = "sensitivity" if self.budget is not None else "published"
             object.__setattr__(self, "lambda_form", form)
 
     @property
-    def has_target(self) -> bool:
-        """Whether beta is steered, rather than set by hand."""
-        return self.target_cur is not None or self.target_speedup is not None
+    def budget(self) -> Budget | None:
+        """What beta is steered to; None if it is set by hand."""
+        return budget_of(self)
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,13 @@ class SampleConfig(BackboneConfig):
         low=0,
         high=1,
     )
+    method: str | None = option(
+        None,
+        "instead of a router: a method without training, at --target-cur or --target-speedup",
+        choices=METHODS,
+    )
+    target_cur: float | None = option(None, "share of reused branches for --method", low=0, high=1)
+    target_speedup: float | None = option(None, "likewise, theoretical speed-up", low=1)
     accelerate_method: str | None = option(
         None, "dynamiclayer is the published name of replay", choices=("dynamiclayer",)
     )
@@ -191,6 +209,11 @@ class SampleConfig(BackboneConfig):
     out: Path = option(Path("samples"), "folder for pictures and the report")
     compare: bool = option(False, "also sample without the router and draw both rows")
     repeats: int = option(3, "timed repetitions after one warm-up", low=1)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What ``method`` is to reuse."""
+        return budget_of(self)
 
 
 @dataclass(frozen=True)
@@ -225,6 +248,13 @@ class EvaluateConfig(BackboneConfig):
 
 
 Config = TypeVar("Config", bound=BackboneConfig)
+
+
+def budget_of(config: TrainConfig | SampleConfig) -> Budget | None:
+    """The budget that the target flags say, of which one counts; None without any."""
+    if config.target_cur is not None:
+        return Budget(cur=config.target_cur)
+    return None if config.target_speedup is None else Budget(speedup=config.target_speedup)
 
 
 def flag_of(name: str) -> str:
@@ -329,6 +359,25 @@ def _validate_number(flag: str, value: Any, low: float | None, high: float | Non
         raise HarmonicaError(f"{flag} {value} is out of range; use a value {allowed}")
 
 
+def _validate_way_of_sampling(config: SampleConfig) -> None:
+    """A router or a method with its budget, and nothing that neither of them reads."""
+    if config.path is not None and config.method is not None:
+        raise HarmonicaError("--path and --method exclude each other; pass one")
+    if config.method is not None and config.budget is None:
+        raise HarmonicaError(
+            f"--method {config.method} needs a cost; add --target-speedup or --target-cur"
+        )
+    if config.method is None and config.budget is not None:
+        raise HarmonicaError(f"{config.budget} is for a --method; name one")
+    if config.path is None:
+        if config.accelerate_method is not None or config.threshold is not None:
+            raise HarmonicaError(
+                "--threshold and --accelerate-method replay a router; name it with --path"
+            )
+        if config.compare and config.method is None:
+            raise HarmonicaError("--compare needs a router or a method; add --path or --method")
+
+
 def validate(config: BackboneConfig) -> None:
     """Refuse values that cannot work, naming the flag and the remedy."""
     if config.model not in MODELS:
@@ -343,10 +392,11 @@ def validate(config: BackboneConfig) -> None:
             )
         for item in value if isinstance(value, tuple) else (value,):
             _validate_number(flag, item, rule["low"], rule["high"])
-    if isinstance(config, TrainConfig):
-        budgets = [flag_of(name) for name in BUDGETS if getattr(config, name) is not None]
-        if len(budgets) > 1:
-            raise HarmonicaError(f"{' and '.join(budgets)} exclude each other; pass one")
+    budgets = [flag_of(name) for name in BUDGETS if getattr(config, name, None) is not None]
+    if len(budgets) > 1:
+        raise HarmonicaError(f"{' and '.join(budgets)} exclude each other; pass one")
+    if isinstance(config, SampleConfig):
+        _validate_way_of_sampling(config)
     factor = MODELS[config.model].latent_factor
     if config.image_size is not None and config.image_size % factor:
         raise HarmonicaError(

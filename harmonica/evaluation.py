@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from harmonica.backbone import Backbone, load_backbone, load_decoder
-from harmonica.baselines import evenly_spaced, random_schedule
+from harmonica.baselines.fixed import evenly_spaced, random_schedule
+from harmonica.budget import Budget
 from harmonica.config import EvaluateConfig, plain
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
 from harmonica.plots import error_plot
 from harmonica.randomness import Draws
 from harmonica.report import ImageError, check_output, load_schedule, select_device
-from harmonica.router import cur_schedule, load_router
+from harmonica.router import budget_schedule, load_router
 from harmonica.sampling import sample
 from harmonica.schedule import Schedule
 
@@ -37,17 +38,20 @@ def contenders(config: EvaluateConfig, backbone: Backbone) -> Group:
                     "and no --threshold"
                 )
             logits = load_router(path).logits
-            chosen = [cur_schedule(logits, backbone.costs, cur) for cur in config.curs]
+            chosen = [
+                budget_schedule(logits, backbone.costs, Budget(cur=cur)) for cur in config.curs
+            ]
         for schedule in chosen:
             groups.setdefault(f"learned router, {schedule.cur:.1%}", []).append(schedule)
     steps, costs = config.num_sampling_steps, backbone.costs
     for cur in sorted({schedules[0].cur for schedules in groups.values()}):
-        even = evenly_spaced(steps, costs, cur)
+        even = evenly_spaced(steps, costs, Budget(cur=cur))
         name = "FORA, N = 2" if cur == 0.5 and steps % 2 == 0 else "evenly spaced steps"
         groups[f"{name}, {cur:.1%}"] = [even]
         if config.random_schedules:
             groups[f"random, {cur:.1%}"] = [
-                random_schedule(steps, costs, cur, seed) for seed in range(config.random_schedules)
+                random_schedule(steps, costs, Budget(cur=cur), seed)
+                for seed in range(config.random_schedules)
             ]
     return groups
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PURPOSES = ("sample", "train", "lambda")
+PURPOSES = ("sample", "train", "lambda", "calibration")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one purpose: "sample", "train" or "lambda"."""
+    """The random numbers of one purpose: one of ``PURPOSES``."""
 
     seed: int
     purpose: str

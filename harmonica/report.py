@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from harmonica.backbone import Backbone, load_backbone, load_decoder
+from harmonica.baselines import METHODS, Plan
 from harmonica.config import SampleConfig, plain
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, write_atomically
@@ -156,10 +157,20 @@ def save_images(folder: Path, images: Tensor) -> None:
 
 def _remove_pictures(out: Path) -> None:
     """Remove what an earlier run into the same folder drew, and nothing else."""
-    for name in ("uncached", "with_router", "comparison"):
+    ways = ["uncached", "with router", *(f"with {method}" for method in METHODS)]
+    for name in ("comparison", *(way.replace(" ", "_") for way in ways)):
         (out / f"{name}.png").unlink(missing_ok=True)
         for image in (out / name).glob("[0-9]" * 6 + ".png"):
             image.unlink()
+
+
+def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | None:
+    """How to sample faster, and what to call it; None if nothing says so."""
+    if config.method is not None:
+        return config.method, METHODS[config.method](backbone, config.budget, config.seed)
+    if config.path is not None:
+        return "router", Plan(backbone, load_schedule(config.path, config.threshold, backbone))
+    return None
 
 
 def sample_and_report(config: SampleConfig) -> str:
@@ -170,37 +181,35 @@ def sample_and_report(config: SampleConfig) -> str:
     """
     if config.ddim_sample:
         config = replace(config, sampler="ddim")
-    wants_router = config.compare or config.accelerate_method or config.threshold is not None
-    if config.path is None and wants_router:
-        raise HarmonicaError(
-            "--compare, --threshold and --accelerate-method replay a router; name it with --path"
-        )
     check_output(config.out, REPORT)
     device = select_device()
     backbone = load_backbone(config, device)
-    schedule = None
-    if config.path is not None:
-        schedule = load_schedule(config.path, config.threshold, backbone)
+    chosen = choose_plan(config, backbone)
     count, labels = choose_labels(config, backbone)
     decode = load_decoder(config, device)
     draws, indices = Draws(config.seed, "sample"), range(count)
 
-    choices: dict[str, Schedule | None] = {}
-    if schedule is None or config.compare:
-        choices["uncached"] = None
-    if schedule is not None:
-        choices["with router"] = schedule
+    plans: dict[str, Plan] = {}
+    if chosen is None or config.compare:
+        plans["uncached"] = Plan(backbone)
+    if chosen is not None:
+        plans[f"with {chosen[0]}"] = chosen[1]
     latents = {
-        name: sample(backbone, choice, draws, indices, labels, config.batch_size, name)
-        for name, choice in choices.items()
+        name: sample(plan.backbone, plan.schedule, draws, indices, labels, config.batch_size, name)
+        for name, plan in plans.items()
     }
     part = slice(0, config.batch_size)
+    some = None if labels is None else labels[part]
     with torch.inference_mode():
-        batch = trajectories(
-            backbone, draws, indices[part], None if labels is None else labels[part]
-        )
         times = timed(
-            {name: partial(replay, batch, choice) for name, choice in choices.items()},
+            {
+                name: partial(
+                    replay,
+                    trajectories(plan.backbone, draws, indices[part], some),
+                    plan.schedule,
+                )
+                for name, plan in plans.items()
+            },
             config.repeats,
             device,
         )
@@ -213,18 +222,17 @@ def sample_and_report(config: SampleConfig) -> str:
         save_images(folder, shown)
         pictures.append(config.out / f"{folder.name}.png")
         image_grid(pictures[-1], shown, columns=min(len(shown), 10))
-    if len(images) > 1:
+    if len(plans) > 1:
         pictures.append(config.out / "comparison.png")
         comparison(pictures[-1], images)
-        error = ImageError.between(
-            latents["with router"], latents["uncached"], images["with router"], images["uncached"]
-        )
+        error = ImageError.between(*reversed(latents.values()), *reversed(images.values()))
+    plan = None if chosen is None else chosen[1]
     write_atomically(
         config.out / REPORT,
-        json.dumps(_record(config, backbone, schedule, times, error), indent=1).encode(),
+        json.dumps(_record(config, backbone, plan, times, error), indent=1).encode(),
     )
     lines = [f"{'weights':38} {backbone.weights_hash}"]
-    lines += _table(schedule, times, error, len(batch.y))
+    lines += _table(plan, Plan(backbone), times, error, len(indices[part]))
     return "\n".join([*lines, "pictures:", *(f"  {path}" for path in pictures)])
 
 
@@ -256,13 +264,15 @@ def check_output(out: Path, report: str) -> None:
 def _record(
     config: SampleConfig,
     backbone: Backbone,
-    schedule: Schedule | None,
+    plan: Plan | None,
     times: dict[str, Timing],
     error: ImageError | None,
 ) -> dict:
+    schedule = None if plan is None else plan.schedule
     return {
         "config": plain(config),
         "weights_hash": backbone.weights_hash,
+        "setting": None if plan is None else plan.setting,
         "schedule": None if schedule is None else schedule.to_dict(),
         "seconds_per_batch": {name: vars(timing) for name, timing in times.items()},
         "image_error": None if error is None else error.to_dict(),
@@ -270,17 +280,22 @@ def _record(
 
 
 def _table(
-    schedule: Schedule | None, times: dict[str, Timing], error: ImageError | None, rows: int
+    plan: Plan | None,
+    uncached: Plan,
+    times: dict[str, Timing],
+    error: ImageError | None,
+    rows: int,
 ) -> list[str]:
     lines = [f"{'time of ' + name + f', batch of {rows}':38} {t}" for name, t in times.items()]
-    if schedule is not None:
-        lines += [
-            f"{'cache-utilisation ratio (CUR)':38} {schedule.cur:.1%}",
-            f"{'theoretical speed-up (MACs)':38} {schedule.theoretical_speedup:.2f}x",
-        ]
+    if plan is not None and plan.setting:
+        lines.append(f"{'setting':38} {plan.setting}")
+    if plan is not None and plan.schedule is not None:
+        lines.append(f"{'cache-utilisation ratio (CUR)':38} {plan.schedule.cur:.1%}")
+    if plan is not None:
+        lines.append(f"{'theoretical speed-up (MACs)':38} {plan.speedup_over(uncached):.2f}x")
     if len(times) == 2:
-        ratio = times["uncached"].median / times["with router"].median
-        lines.append(f"{'measured speed-up':38} {ratio:.2f}x")
+        slow, fast = times.values()
+        lines.append(f"{'measured speed-up':38} {slow.median / fast.median:.2f}x")
     if error is not None:
         lines += [
             f"{'image error, MSE mean / median':38} {error.mse_mean:.5f} / {error.mse_median:.5f}",

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from harmonica import __version__
+from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError
 from harmonica.files import (
     existing_file,
@@ -77,56 +79,23 @@ def threshold_schedule(logits: Tensor, costs: Costs, threshold: float) -> Schedu
     return Schedule(compute, costs)
 
 
-def _reuse_order(logits: Tensor) -> list[tuple[int, int]]:
-    """(step, branch) from the lowest score to the highest, the first step left out."""
-    table = logits.detach().float().cpu().numpy()[1:]
-    flat = np.argsort(table, axis=None, kind="stable")
-    return [(int(i // table.shape[1]) + 1, int(i % table.shape[1])) for i in flat]
+def budget_schedule(
+    logits: Tensor, costs: Costs, budget: Budget, rows: Collection[int] | None = None
+) -> Schedule:
+    """Reuse the lowest-scored branches until the budget is met.
 
-
-def cur_schedule(logits: Tensor, costs: Costs, target: float) -> Schedule:
-    """Reuse the lowest-scored branches until the share of reused ones is ``target``.
-
-    Exact to the nearest branch.
+    Args:
+        logits: (T, N), sampling order; row 0 is ignored.
+        rows: steps that may reuse anything; default: all but the first.
 
     Raises:
-        HarmonicaError: more than everything after the first step would have to be reused.
+        HarmonicaError: reusing everything in those rows is not enough.
     """
-    num_steps, num_branches = logits.shape
-    count = round(target * num_steps * num_branches)
-    order = _reuse_order(logits)
-    if not 0 <= count <= len(order):
-        raise HarmonicaError(
-            f"--target-cur {target} is out of reach: with {num_steps} steps at most "
-            f"{len(order) / (num_steps * num_branches):.3f} can be reused; lower it or add steps"
-        )
-    compute = np.ones((num_steps, num_branches), dtype=bool)
-    for s, i in order[:count]:
-        compute[s, i] = False
-    return Schedule(compute, costs)
-
-
-def speedup_schedule(logits: Tensor, costs: Costs, target: float) -> Schedule:
-    """Reuse the lowest-scored branches until the theoretical speed-up is at least ``target``.
-
-    Raises:
-        HarmonicaError: even reusing everything after the first step is not enough.
-    """
-    num_steps, num_branches = logits.shape
-    budget = num_steps * costs.total / target
-    macs = num_steps * costs.total
-    compute = np.ones((num_steps, num_branches), dtype=bool)
-    for s, i in _reuse_order(logits):
-        if macs <= budget:
-            break
-        compute[s, i] = False
-        macs -= costs.macs[i]
-    if macs > budget:
-        raise HarmonicaError(
-            f"--target-speedup {target} is out of reach: with {num_steps} steps at most "
-            f"{num_steps * costs.total / macs:.2f} is possible; lower it or add steps"
-        )
-    return Schedule(compute, costs)
+    table = logits.detach().float().cpu().numpy()
+    steps = range(1, len(table)) if rows is None else sorted(rows)
+    lowest = np.argsort(table[list(steps)], axis=None, kind="stable")
+    order = [(steps[int(k) // table.shape[1]], int(k) % table.shape[1]) for k in lowest]
+    return budget.in_order(order, len(table), costs)
 
 
 @dataclass(frozen=True)

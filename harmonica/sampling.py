@@ -7,6 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.backbone import Backbone
+from harmonica.block_reuse import BlockReplay
 from harmonica.cache import Cache, replay_branches
 from harmonica.denoise import Trajectories
 from harmonica.randomness import Draws
@@ -35,6 +36,8 @@ def replay(batch: Trajectories, schedule: Schedule | None) -> Tensor:
     """Final latents (n, C, H, W) with the schedule replayed; None computes everything."""
     if schedule is None:
         return batch.walk(State(batch.x_T), batch.predict).x
+    if schedule.reuses == "blocks":
+        return batch.walk(State(batch.x_T), BlockReplay(batch, schedule)).x
     cache, table = Cache(schedule.compute.shape[1]), schedule.compute.tolist()
 
     def predict(s: int, x: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from harmonica.files import read_json, write_atomically
 from harmonica.flops import Costs
 
 FORMAT = 1
+# What a reused branch takes: its own last value, or, for a stretch of blocks that is reused whole,
+# the difference that the stretch made when it was last computed.
+REUSES = ("branches", "blocks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +24,7 @@ class Schedule:
     Attributes:
         compute: (T, N) bool, True = compute; rows in sampling order, row 0 all True.
         costs: names and multiply-accumulates of the N branches.
+        reuses: what is put in place of what is not computed, one of ``REUSES``.
 
     Raises:
         ValueError: row 0 reuses something, or the shapes disagree.
@@ -28,6 +32,7 @@ class Schedule:
 
     compute: np.ndarray
     costs: Costs
+    reuses: str = "branches"
 
     def __post_init__(self):
         table = np.array(self.compute, dtype=bool)
@@ -37,13 +42,15 @@ class Schedule:
             )
         if len(table) == 0 or not table[0].all():
             raise ValueError("the first step of a schedule must compute every branch")
+        if self.reuses not in REUSES:
+            raise ValueError(f"reuse of {self.reuses!r} is not one of {', '.join(REUSES)}")
         table.flags.writeable = False
         object.__setattr__(self, "compute", table)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Schedule)
-            and self.costs == other.costs
+            and (self.costs, self.reuses) == (other.costs, other.reuses)
             and np.array_equal(self.compute, other.compute)
         )
 
@@ -77,6 +84,8 @@ class Schedule:
         """Short content hash of the decisions and the branch names."""
         digest = hashlib.sha256("\n".join(self.costs.names).encode())
         digest.update(str(self.compute.shape).encode() + np.packbits(self.compute).tobytes())
+        if self.reuses != "branches":
+            digest.update(self.reuses.encode())
         return digest.hexdigest()[:16]
 
     def to_dict(self) -> dict:
@@ -89,6 +98,7 @@ class Schedule:
             "branch_names": list(self.costs.names),
             "branch_macs": list(self.costs.macs),
             "other_macs": self.costs.rest,
+            "reuses": self.reuses,
             "compute": ["".join("01"[int(c)] for c in row) for row in self.compute],
         }
 
@@ -110,7 +120,8 @@ class Schedule:
             if any(set(row) - {"0", "1"} for row in content["compute"]):
                 raise ValueError("rows must consist of 0 and 1")
             table = [[c == "1" for c in row] for row in content["compute"]]
-            schedule = cls(np.array(table, dtype=bool), costs)
+            reuses = content.get("reuses", "branches")
+            schedule = cls(np.array(table, dtype=bool), costs, reuses)
         except (KeyError, TypeError, ValueError) as error:
             raise HarmonicaError(f"the schedule is malformed ({error}); export it again") from None
         if content.get("hash") != schedule.hash:

@@ -21,9 +21,8 @@ from harmonica.randomness import Draws
 from harmonica.router import (
     Router,
     RouterFile,
-    cur_schedule,
+    budget_schedule,
     save_router,
-    speedup_schedule,
     threshold_schedule,
 )
 from harmonica.run_directory import RunDirectory
@@ -63,7 +62,7 @@ class Trainer:
             router_optimizer(self.router, config.lr, config.adam_eps)
         )
         self.schedule()  # a target out of reach is refused before anything is written
-        self.beta = BetaControl(config.l1, config.has_target, config.lr)
+        self.beta = BetaControl(config.l1, config.budget is not None, config.lr)
         self.weights = torch.zeros(config.num_sampling_steps)
         self.refreshes: list[tuple[int, list[float]]] = []
         self.updates = self.trajectories = 0
@@ -73,10 +72,8 @@ class Trainer:
     def schedule(self) -> Schedule:
         """What the scores stand for now: at the target if there is one, else at the threshold."""
         config, logits, costs = self.config, self.router.logits(), self.backbone.costs
-        if config.target_cur is not None:
-            return cur_schedule(logits, costs, config.target_cur)
-        if config.target_speedup is not None:
-            return speedup_schedule(logits, costs, config.target_speedup)
+        if config.budget is not None:
+            return budget_schedule(logits, costs, config.budget)
         return threshold_schedule(logits, costs, config.threshold)
 
     def masking(self) -> Masking:
@@ -85,7 +82,7 @@ class Trainer:
 
     def cut(self) -> float:
         """The score above which the exported schedule computes."""
-        if not self.config.has_target:
+        if self.config.budget is None:
             return self.config.threshold
         reused = ~torch.from_numpy(self.schedule().compute.copy())
         scores = self.router.logits().sigmoid().cpu()[reused]
@@ -151,7 +148,7 @@ class Trainer:
 
     def _steer_beta(self, worths: Tensor) -> None:
         """After a trajectory: move beta towards the target share of reused branches."""
-        if not self.config.has_target:
+        if self.config.budget is None:
             return
         target = 1.0 - float(self.schedule().compute[1:].mean())
         if self.beta.is_unset:

@@ -143,6 +143,19 @@ def test_evaluation_of_a_router_against_baselines(run, tmp_path):
     assert (tmp_path / "evaluation" / "evaluation.png").is_file()
 
 
+def test_sampling_with_a_method_that_needs_no_training(tmp_path):
+    done = run_command(
+        "sample.py", "--method", "fora", "--target-speedup", "2", "--compare",
+        "--num-sampling-steps", "4", "--num-images", "2", "--repeats", "1", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "N = 2" in done.stdout and "50.0%" in done.stdout
+    report = json.loads((tmp_path / "samples" / "report.json").read_text())
+    assert report["schedule"]["compute"] == ["1" * 24, "0" * 24] * 2
+    assert (tmp_path / "samples" / "with_fora" / "000001.png").is_file()
+    assert (tmp_path / "samples" / "comparison.png").is_file()
+
+
 def test_fewer_images_leave_none_of_an_earlier_run(tmp_path):
     for count in ("3", "2"):
         done = run_command(
@@ -286,6 +299,11 @@ def refusals(tmp_path):
         ([sample, "--path", "other.safetensors"], "branches"),
         ([sample, "--classes", "10"], "--classes 10"),
         ([sample, "--compare"], "--path"),
+        ([sample, "--method", "fora"], "--target-speedup"),
+        ([sample, "--method", "guess", "--target-cur", "0.5"], "--method guess"),
+        ([sample, "--target-cur", "0.5"], "--target-cur 0.5"),
+        ([sample, "--method", "random", "--target-cur", "0.99"], "--target-cur 0.99"),
+        ([sample, "--method", "fora", "--target-cur", "0.5", "--path", "x"], "--path"),
         ([sample, "--out", "foreign"], "--out foreign"),
         ([sample, "--num-images", "0"], "--num-images 0"),
         ([sample, "--threshold", "0"], "--path"),

@@ -11,17 +11,16 @@ import pytest
 import torch
 from conftest import Golden
 
-from harmonica.baselines import evenly_spaced, fora, random_schedule
+from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError
 from harmonica.flops import Costs
 from harmonica.router import (
     Router,
     RouterFile,
     RouterInfo,
-    cur_schedule,
+    budget_schedule,
     load_router,
     save_router,
-    speedup_schedule,
     threshold_schedule,
 )
 from harmonica.schedule import Schedule
@@ -33,7 +32,7 @@ INFO = RouterInfo(model="DiT-Ti/4", num_sampling_steps=7, timesteps=(6.0, 5, 4, 
 @pytest.fixture
 def router() -> RouterFile:
     logits = Router.initial(7, 6, seed=0, mean=0.0, std=1.0).logits()
-    return RouterFile(logits, INFO, cur_schedule(logits, COSTS, 0.4))
+    return RouterFile(logits, INFO, budget_schedule(logits, COSTS, Budget(cur=0.4)))
 
 
 @pytest.fixture
@@ -193,7 +192,7 @@ def test_a_router_for_something_else_is_refused(golden_b: Golden):
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.25, 0.375, 0.5, 0.8])
 def test_target_cur_is_met_within_one_branch(target):
     logits = Router.initial(20, 6, seed=3, mean=0.0, std=1.0).logits()
-    schedule = cur_schedule(logits, COSTS, target)
+    schedule = budget_schedule(logits, COSTS, Budget(cur=target))
     assert abs(schedule.cur - target) <= 0.5 / logits.numel() + 1e-9
     # Whatever is reused scores no higher than whatever is computed.
     scores, compute = logits[1:].numpy(), schedule.compute[1:]
@@ -203,9 +202,8 @@ def test_target_cur_is_met_within_one_branch(target):
 
 @pytest.mark.parametrize("target", [1.0, 1.2, 1.6, 2.5])
 def test_target_speedup_is_met_within_one_branch(target):
-    schedule = speedup_schedule(
-        Router.initial(20, 6, seed=3, mean=0.0, std=1.0).logits(), COSTS, target
-    )
+    logits = Router.initial(20, 6, seed=3, mean=0.0, std=1.0).logits()
+    schedule = budget_schedule(logits, COSTS, Budget(speedup=target))
     assert schedule.theoretical_speedup >= target
     assert schedule.macs + max(COSTS.macs) > 20 * COSTS.total / target
 
@@ -213,9 +211,9 @@ def test_target_speedup_is_met_within_one_branch(target):
 def test_targets_out_of_reach_say_what_is_possible():
     logits = Router.initial(2, 6, seed=0, mean=0.0, std=1.0).logits()
     with pytest.raises(HarmonicaError, match=r"--target-cur.*0\.500"):
-        cur_schedule(logits, COSTS, 0.6)
+        budget_schedule(logits, COSTS, Budget(cur=0.6))
     with pytest.raises(HarmonicaError, match="--target-speedup"):
-        speedup_schedule(logits, COSTS, 3.0)
+        budget_schedule(logits, COSTS, Budget(speedup=3.0))
 
 
 def test_the_first_step_is_always_computed():
@@ -238,15 +236,3 @@ def test_macs_and_speedup_by_hand():
     assert schedule.macs == 4 * (3 * 14 + 4) - 5 - 9
     assert schedule.theoretical_speedup == pytest.approx(184 / 170)
     assert schedule.cur == pytest.approx(2 / 24)
-
-
-@pytest.mark.parametrize("cur", [0.1, 0.25, 0.375, 0.5, 0.75, 0.85, 0.9, 0.95])
-def test_baselines_have_the_cur_that_was_asked_for(cur):
-    for schedule in (evenly_spaced(20, COSTS, cur), random_schedule(20, COSTS, cur, seed=1)):
-        assert abs(schedule.cur - cur) <= 0.5 / 120 + 1e-9
-
-
-def test_evenly_spaced_at_one_half_is_fora():
-    assert evenly_spaced(20, COSTS, 0.5) == fora(20, COSTS, 2)
-    steps = fora(9, COSTS, 3).compute.all(axis=1).nonzero()[0]
-    assert steps.tolist() == [0, 3, 6]

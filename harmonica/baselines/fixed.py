@@ -1,0 +1,58 @@
+"""Schedules that look at nothing: FORA, evenly spaced steps, and random ones."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from harmonica.budget import Budget
+from harmonica.flops import Costs
+from harmonica.schedule import Schedule
+
+
+def fora(num_steps: int, costs: Costs, interval: int) -> Schedule:
+    """FORA (Selvaraju et al., 2024): compute every ``interval``-th step whole, reuse between."""
+    compute = np.zeros((num_steps, len(costs.names)), dtype=bool)
+    compute[::interval] = True
+    return Schedule(compute, costs)
+
+
+def _reused_first(num_steps: int, costs: Costs, count: int) -> Schedule:
+    """``count`` branch outputs reused in whole steps, spread evenly; the last may be partial."""
+    branches = len(costs.names)
+    steps = -(-count // branches)
+    compute = np.ones((num_steps, branches), dtype=bool)
+    # The k-th reused step ends the k-th of equal parts; the first step is never among them.
+    for k in range(steps):
+        step = max(k + 1, round((k + 1) * num_steps / steps) - 1)
+        compute[step, : min(branches, count - k * branches)] = False
+    return Schedule(compute, costs)
+
+
+def evenly_spaced(num_steps: int, costs: Costs, budget: Budget) -> Schedule:
+    """FORA for any budget: whole reused steps, spread evenly over the trajectory.
+
+    The samplers' steps are evenly spaced in time, so these are uniform in time too. Where the
+    budget is no whole number of steps, the last of them reuses its first branches only. With half
+    the steps reused and an even T this is FORA with interval 2.
+
+    Raises:
+        HarmonicaError: more than everything after the first step would have to be reused.
+    """
+
+    def candidates() -> Iterator[Schedule]:
+        for count in range((num_steps - 1) * len(costs.names) + 1):
+            yield _reused_first(num_steps, costs, count)
+
+    return budget.first(candidates())
+
+
+def random_schedule(num_steps: int, costs: Costs, budget: Budget, seed: int) -> Schedule:
+    """Reuse branch outputs drawn uniformly after the first step until the budget is met.
+
+    Raises:
+        HarmonicaError: more than everything after the first step would have to be reused.
+    """
+    branches = len(costs.names)
+    drawn = np.random.default_rng(seed).permutation((num_steps - 1) * branches)
+    order = [(int(i) // branches + 1, int(i) % branches) for i in drawn]
+    return budget.in_order(order, num_steps, costs)
