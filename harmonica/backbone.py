@@ -151,18 +151,13 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     )
 
 
-def load_decoder(config: BackboneConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Latents (n, C, h, w) to images (n, 3, H, W) in [0, 1], on the CPU.
-
-    Pixel-space models need none; others use the Stable Diffusion autoencoder through diffusers.
-    """
-    if MODELS[config.model].latent_factor == 1:
-        return lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()
+def _load_vae(config: BackboneConfig, device: torch.device) -> Any:
+    """The Stable Diffusion autoencoder, through diffusers."""
     from diffusers import AutoencoderKL  # heavy, and only latent models need it
 
     source = VAES.get(config.vae, config.vae)
     try:
-        vae = AutoencoderKL.from_pretrained(source).to(device).eval()
+        return AutoencoderKL.from_pretrained(source).to(device).eval()
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise HarmonicaError(
@@ -170,9 +165,32 @@ def load_decoder(config: BackboneConfig, device: torch.device) -> Callable[[Tens
             "once, or pass the path of a downloaded copy"
         ) from None
 
+
+def load_decoder(config: BackboneConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Latents (n, C, h, w) to images (n, 3, H, W) in [0, 1], on the CPU.
+
+    Pixel-space models need none; others use the Stable Diffusion autoencoder.
+    """
+    if MODELS[config.model].latent_factor == 1:
+        return lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()
+    vae = _load_vae(config, device)
+
     @torch.inference_mode()
     def decode(x: Tensor) -> Tensor:
         images = [vae.decode(latent[None] / SD_LATENT_SCALE).sample for latent in x.float()]
         return ((torch.cat(images) + 1) / 2).clamp(0, 1).float().cpu()
 
     return decode
+
+
+def load_encoder(config: BackboneConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Images (n, 3, H, W) in [-1, 1] to latents (n, C, h, w), on the device."""
+    if MODELS[config.model].latent_factor == 1:
+        return lambda images: images.to(device)
+    vae = _load_vae(config, device)
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        return vae.encode(images.to(device)).latent_dist.mode() * SD_LATENT_SCALE
+
+    return encode

@@ -19,7 +19,7 @@ from harmonica.cache import MASKS
 from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
 from harmonica.objective import ESTIMATORS, FORMS
-from harmonica.router import load_router
+from harmonica.router import SEMANTICS, load_router
 from harmonica.samplers import SAMPLERS
 from models import MODELS
 
@@ -88,6 +88,14 @@ class BackboneConfig:
 class TrainConfig(BackboneConfig):
     """Router training."""
 
+    method: str = option(
+        "harmonica",
+        "step-wise denoising training, or Learning-to-Cache, which is trained on --data",
+        choices=("harmonica", "learning-to-cache"),
+    )
+    data: str | None = option(
+        None, "images for Learning-to-Cache: a folder of class folders, or cifar10"
+    )
     results_dir: Path = option(Path("results"), "parent folder of numbered run directories")
     epochs: int | None = option(
         None, "trajectories to train on; whichever of this and --max-steps ends first", low=1
@@ -142,14 +150,17 @@ class TrainConfig(BackboneConfig):
     lambda_form: str | None = option(
         None,
         "how they enter the loss; default: published if beta is set by hand, whose scale it is, "
-        "else sensitivity",
+        "else sensitivity; constant is the loss of Learning-to-Cache",
         choices=FORMS,
     )
     log_every: int = option(100, "updates between lines of metrics.jsonl", low=1)
     ckpt_every: int = option(1000, "updates between checkpoints", low=1)
     wandb: bool = option(False, "report to Weights & Biases")
     num_workers: int = option(
-        0, "accepted for compatibility; training reads no images", aliases=("--num-works",), low=0
+        0,
+        "processes that read --data; without it there is nothing to read",
+        aliases=("--num-works",),
+        low=0,
     )
 
     def __post_init__(self):
@@ -164,6 +175,8 @@ class TrainConfig(BackboneConfig):
             object.__setattr__(self, "compares_all", self.budget is None)
         if self.lambda_form is None:
             form = "sensitivity" if self.budget is not None else "published"
+            if self.method == "learning-to-cache":
+                form = "constant"
             object.__setattr__(self, "lambda_form", form)
 
     @property
@@ -185,6 +198,12 @@ class SampleConfig(BackboneConfig):
         aliases=("--thres",),
         low=0,
         high=1,
+    )
+    semantics: str = option(
+        "harmonica",
+        "how scores are read; ltc: every other step computes all, as routers of Learning-to-Cache "
+        "mean it",
+        choices=tuple(SEMANTICS),
     )
     method: str | None = option(
         None,
@@ -359,6 +378,22 @@ def _validate_number(flag: str, value: Any, low: float | None, high: float | Non
         raise HarmonicaError(f"{flag} {value} is out of range; use a value {allowed}")
 
 
+def _validate_way_of_training(config: TrainConfig) -> None:
+    """Images where they are needed, and only there."""
+    if config.method == "learning-to-cache":
+        if config.data is None:
+            raise HarmonicaError(
+                "--method learning-to-cache learns from images; name them with --data"
+            )
+        if config.lambda_form != "constant":
+            raise HarmonicaError(
+                f"--lambda-form {config.lambda_form} weighs whole trajectories, which --method "
+                "learning-to-cache does not see; drop one"
+            )
+    elif config.data is not None:
+        raise HarmonicaError("--data is for --method learning-to-cache; drop it")
+
+
 def _validate_way_of_sampling(config: SampleConfig) -> None:
     """A router or a method with its budget, and nothing that neither of them reads."""
     if config.path is not None and config.method is not None:
@@ -374,6 +409,8 @@ def _validate_way_of_sampling(config: SampleConfig) -> None:
             raise HarmonicaError(
                 "--threshold and --accelerate-method replay a router; name it with --path"
             )
+        if config.semantics != "harmonica":
+            raise HarmonicaError("--semantics reads a router; name it with --path")
         if config.compare and config.method is None:
             raise HarmonicaError("--compare needs a router or a method; add --path or --method")
 
@@ -395,6 +432,8 @@ def validate(config: BackboneConfig) -> None:
     budgets = [flag_of(name) for name in BUDGETS if getattr(config, name, None) is not None]
     if len(budgets) > 1:
         raise HarmonicaError(f"{' and '.join(budgets)} exclude each other; pass one")
+    if isinstance(config, TrainConfig):
+        _validate_way_of_training(config)
     if isinstance(config, SampleConfig):
         _validate_way_of_sampling(config)
     factor = MODELS[config.model].latent_factor

@@ -105,7 +105,7 @@ def cumulative(student: Student) -> ImageErrors:
 
 
 ESTIMATORS = {"leave-one-out": leave_one_out, "cumulative": cumulative}
-FORMS = ("published", "normalized", "sensitivity")
+FORMS = ("published", "normalized", "sensitivity", "constant")
 
 
 def image_error_weights(image: Tensor, output: Tensor, form: str) -> Tensor:
@@ -116,10 +116,13 @@ def image_error_weights(image: Tensor, output: Tensor, form: str) -> Tensor:
             keeps its meaning between refreshes; "sensitivity" divides lambda by the step's own
             output error first. Lambda grows with that error, which the loss multiplies in again:
             the quotient is what one unit of output error does to the image. A step without output
-            error, whose quotient is unknown, takes the mean of the others.
+            error, whose quotient is unknown, takes the mean of the others. "constant" is 1: the
+            loss of Learning-to-Cache, which needs no refresh.
     """
     if form == "published":
         return image
+    if form == "constant":
+        return torch.cat([torch.zeros_like(image[:1]), torch.ones_like(image[1:])])
     weights = image[1:]
     if form == "sensitivity":
         known = output[1:] > 0

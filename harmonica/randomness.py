@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Streams of one sample: its start noise is 0, the noise of step s is 2 + s, s < 1000.
+STREAMS = {"label": 1, "image": 2000, "mirrored": 2001, "unlabelled": 2002, "row": 2003}
 PURPOSES = ("sample", "train", "lambda", "calibration")
 
 
@@ -39,7 +41,12 @@ class Draws:
         """Noise that a stochastic sampler adds after evaluation ``step``, (n, *shape)."""
         return self._normal(indices, shape, stream=2 + step)
 
+    def integers(self, what: str, indices: Sequence[int], high: int) -> Tensor:
+        """Uniform integers below ``high``, (n,) int64; ``what`` is a key of ``STREAMS``."""
+        stream = STREAMS[what]
+        drawn = [torch.randint(high, (), generator=self._generator(i, stream)) for i in indices]
+        return torch.stack(drawn)
+
     def labels(self, indices: Sequence[int], num_classes: int) -> Tensor:
         """Uniform class labels, (n,) int64."""
-        drawn = [torch.randint(num_classes, (), generator=self._generator(i, 1)) for i in indices]
-        return torch.stack(drawn)
+        return self.integers("label", indices, num_classes)

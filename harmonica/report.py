@@ -122,7 +122,9 @@ def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor
     ]
 
 
-def load_schedule(path: Path, threshold: float | None, backbone: Backbone) -> Schedule:
+def load_schedule(
+    path: Path, threshold: float | None, backbone: Backbone, semantics: str = "harmonica"
+) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
 
     Raises:
@@ -144,7 +146,7 @@ def load_schedule(path: Path, threshold: float | None, backbone: Backbone) -> Sc
         return schedule
     router = load_router(path)
     router.check(backbone.model, backbone.router_info())
-    return router.to_schedule(backbone.costs, threshold)
+    return router.to_schedule(backbone.costs, threshold, semantics)
 
 
 def save_images(folder: Path, images: Tensor) -> None:
@@ -169,7 +171,8 @@ def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | 
     if config.method is not None:
         return config.method, METHODS[config.method](backbone, config.budget, config.seed)
     if config.path is not None:
-        return "router", Plan(backbone, load_schedule(config.path, config.threshold, backbone))
+        schedule = load_schedule(config.path, config.threshold, backbone, config.semantics)
+        return "router", Plan(backbone, schedule)
     return None
 
 

@@ -32,6 +32,23 @@ FORMAT = 1
 LOGIT_BOUND = 5.0
 
 
+def every_row(num_steps: int) -> range:
+    """HarmoniCa: every step but the first may reuse."""
+    return range(1, num_steps)
+
+
+def alternate_rows(num_steps: int) -> range:
+    """Learning-to-Cache: steps of an odd respaced index compute everything, the others may reuse.
+
+    The respaced index counts from the last step, which is 0 and may reuse.
+    """
+    return range(1 + num_steps % 2, num_steps, 2)
+
+
+# How a file's scores are read: number of steps to the rows that may reuse.
+SEMANTICS = {"harmonica": every_row, "ltc": alternate_rows}
+
+
 class Router(nn.Module):
     """Scores r = sigmoid(logit) of computing a branch at a step.
 
@@ -46,11 +63,24 @@ class Router(nn.Module):
 
     @classmethod
     def initial(
-        cls, num_steps: int, num_branches: int, seed: int, mean: float, std: float
+        cls,
+        num_steps: int,
+        num_branches: int,
+        seed: int,
+        mean: float,
+        std: float,
+        rows: Collection[int] | None = None,
     ) -> "Router":
-        """Normally distributed logits; mean 0 and deviation 1 is the published start."""
+        """Normally distributed logits; mean 0 and deviation 1 is the published start.
+
+        Args:
+            rows: steps that learn, default all; the others stand at the upper bound.
+        """
         generator = torch.Generator().manual_seed(seed)
         logits = mean + std * torch.randn(num_steps, num_branches, generator=generator)
+        for s in range(num_steps):
+            if rows is not None and s not in rows:
+                logits[s] = LOGIT_BOUND
         return cls(logits.clamp(-LOGIT_BOUND, LOGIT_BOUND))
 
     @property
@@ -72,10 +102,19 @@ class Router(nn.Module):
             self.row(s).clamp_(-LOGIT_BOUND, LOGIT_BOUND)
 
 
-def threshold_schedule(logits: Tensor, costs: Costs, threshold: float) -> Schedule:
-    """Compute where the score is above the threshold (and at the first step)."""
+def threshold_schedule(
+    logits: Tensor, costs: Costs, threshold: float, rows: Collection[int] | None = None
+) -> Schedule:
+    """Compute where the score is above the threshold.
+
+    Args:
+        logits: (T, N), sampling order.
+        rows: steps that may reuse anything; default: all but the first.
+    """
     compute = (logits.float().sigmoid() > threshold).cpu().numpy()
-    compute[0] = True
+    compute[[s for s in range(len(compute)) if s == 0 or (rows is not None and s not in rows)]] = (
+        True
+    )
     return Schedule(compute, costs)
 
 
@@ -170,13 +209,20 @@ class RouterFile:
                 stacklevel=2,
             )
 
-    def to_schedule(self, costs: Costs, threshold: float | None = None) -> Schedule:
-        """The exported schedule, or one made by ``threshold`` (default: the file's own, or 0.1)."""
-        if threshold is None and self.schedule is not None:
+    def to_schedule(
+        self, costs: Costs, threshold: float | None = None, semantics: str = "harmonica"
+    ) -> Schedule:
+        """The exported schedule, or one made by ``threshold`` (default: the file's own, or 0.1).
+
+        Args:
+            semantics: one of ``SEMANTICS``; which rows of the scores count.
+        """
+        rows = SEMANTICS[semantics](len(self.logits))
+        if threshold is None and self.schedule is not None and semantics == "harmonica":
             return replace(self.schedule, costs=costs)
         if threshold is None:
             threshold = 0.1 if self.info.threshold is None else self.info.threshold
-        return threshold_schedule(self.logits, costs, threshold)
+        return threshold_schedule(self.logits, costs, threshold, rows)
 
 
 def _content_hash(logits: Tensor, schedule: str, info: str) -> str:

@@ -1,15 +1,16 @@
 """Step-wise denoising training (SDT): the trajectory in which a router learns, and its price."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harmonica.cache import Cache, Masking, computing_branches
 from harmonica.denoise import Trajectories
-from harmonica.router import Router
+from harmonica.router import Router, every_row
 from harmonica.samplers import State
 
 
@@ -22,6 +23,51 @@ class StepError:
     scores: Tensor
 
 
+class TrainingMethod(Protocol):
+    """Where a router meets the errors that it learns from.
+
+    Attributes:
+        rows: steps that learn; the others compute everything.
+    """
+
+    rows: Collection[int]
+
+    def train(
+        self,
+        number: int,
+        router: Router,
+        masking: Masking,
+        update: Callable[[StepError], None],
+        limit: int | None,
+    ) -> None:
+        """One sweep over the rows: at most ``limit`` updates, on batch ``number``.
+
+        ``update`` may change the router's row of its step.
+        """
+        ...
+
+
+def learn_step(
+    batch: Trajectories,
+    s: int,
+    x: Tensor,
+    cache: Cache,
+    router: Router,
+    masking: Masking,
+    update: Callable[[StepError], None],
+) -> Tensor:
+    """Teacher and student at step s from the same x; returns the student's output, detached."""
+    # Teacher.
+    with torch.no_grad():
+        teacher = batch.predict(s, x)
+    # Student.
+    logits = router.row(s)
+    student = batch.predict(s, x, masking.branches(cache, s, logits))
+    # Router update.
+    update(StepError(s, batch.output_error(teacher, student), logits.sigmoid()))
+    return student.detach()
+
+
 def train_trajectory(
     batch: Trajectories,
     router: Router,
@@ -32,7 +78,7 @@ def train_trajectory(
     """Roll the student out from noise; after every step but the first, call ``update``.
 
     Teacher and student both start from the student's x_s, so errors of earlier reuse are in x and
-    in the cache when later steps learn. ``update`` may change the router's row of its step.
+    in the cache when later steps learn.
     """
     cache = Cache(len(batch.model.branch_names))
 
@@ -41,17 +87,30 @@ def train_trajectory(
         if s == 0:
             with torch.no_grad():
                 return batch.predict(s, x, computing_branches(cache))
-        # Teacher.
-        with torch.no_grad():
-            teacher = batch.predict(s, x)
-        # Student.
-        logits = router.row(s)
-        student = batch.predict(s, x, masking.branches(cache, s, logits))
-        # Router update.
-        update(StepError(s, batch.output_error(teacher, student), logits.sigmoid()))
-        return student.detach()
+        return learn_step(batch, s, x, cache, router, masking, update)
 
     return batch.walk(State(batch.x_T), predict, stop=stop)
+
+
+class StepwiseDenoising:
+    """Step-wise denoising training (HarmoniCa, section 3.2): whole trajectories, from noise.
+
+    ``batch`` gives this process's trajectories of a batch number.
+    """
+
+    def __init__(self, num_steps: int, batch: Callable[[int], Trajectories]):
+        self.rows, self.batch = every_row(num_steps), batch
+
+    def train(
+        self,
+        number: int,
+        router: Router,
+        masking: Masking,
+        update: Callable[[StepError], None],
+        limit: int | None,
+    ) -> None:
+        stop = None if limit is None else min(len(self.rows), limit) + 1
+        train_trajectory(self.batch(number), router, masking, update, stop)
 
 
 def router_optimizer(router: Router, lr: float, eps: float) -> torch.optim.AdamW:

@@ -9,12 +9,14 @@ from accelerate.utils import GradScalerKwargs, broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from harmonica.backbone import load_backbone, load_decoder
+from harmonica.backbone import load_backbone, load_decoder, load_encoder
+from harmonica.baselines.learning_to_cache import LearningToCache
 from harmonica.cache import Masking
 from harmonica.config import TrainConfig, plain
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
+from harmonica.images import LabelledImages
 from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
 from harmonica.plots import comparison, lambda_curve, router_heatmap
 from harmonica.randomness import Draws
@@ -28,7 +30,13 @@ from harmonica.router import (
 from harmonica.run_directory import RunDirectory
 from harmonica.sampling import sample, trajectories
 from harmonica.schedule import Schedule
-from harmonica.sdt import BetaControl, StepError, router_optimizer, train_trajectory
+from harmonica.sdt import (
+    BetaControl,
+    StepError,
+    StepwiseDenoising,
+    TrainingMethod,
+    router_optimizer,
+)
 
 PREVIEW_IMAGES = 12
 
@@ -51,12 +59,14 @@ class Trainer:
         with self.accelerator.local_main_process_first():
             self.backbone = load_backbone(config, self.accelerator.device)
             self.decode = load_decoder(config, self.accelerator.device)
+            self.method = self._training_method()
         self.router = Router.initial(
             config.num_sampling_steps,
             len(self.backbone.costs.names),
             config.global_seed,
             config.init_mean,
             config.init_std,
+            self.method.rows,
         ).to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(
             router_optimizer(self.router, config.lr, config.adam_eps)
@@ -67,14 +77,33 @@ class Trainer:
         self.refreshes: list[tuple[int, list[float]]] = []
         self.updates = self.trajectories = 0
 
+    def _training_method(self) -> TrainingMethod:
+        """Whole trajectories from noise, or pairs of steps from images."""
+        config = self.config
+        if config.method == "harmonica":
+            return StepwiseDenoising(
+                config.num_sampling_steps, lambda number: self.batch("train", number, self.samples)
+            )
+        return LearningToCache(
+            self.backbone,
+            LabelledImages(config.data, self.backbone.image_size),
+            load_encoder(config, self.accelerator.device),
+            Draws(config.global_seed, "train"),
+            # One row a sample: nothing is guided.
+            lambda number: self._indices(
+                number, config.global_batch_size // self.accelerator.num_processes
+            ),
+            config.num_workers,
+        )
+
     # Schedules.
 
     def schedule(self) -> Schedule:
         """What the scores stand for now: at the target if there is one, else at the threshold."""
         config, logits, costs = self.config, self.router.logits(), self.backbone.costs
         if config.budget is not None:
-            return budget_schedule(logits, costs, config.budget)
-        return threshold_schedule(logits, costs, config.threshold)
+            return budget_schedule(logits, costs, config.budget, self.method.rows)
+        return threshold_schedule(logits, costs, config.threshold, self.method.rows)
 
     def masking(self) -> Masking:
         """How the scores act on the next trajectory: they cut where the exported schedule cuts."""
@@ -90,18 +119,27 @@ class Trainer:
 
     # Batches.
 
-    def batch(self, purpose: str, number: int, samples: int) -> Trajectories:
+    def _indices(self, number: int, samples: int) -> range:
         """This process's part of batch ``number``: global sample indices, whatever the ranks."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         first = (number * processes + rank) * samples
+        return range(first, first + samples)
+
+    def batch(self, purpose: str, number: int, samples: int) -> Trajectories:
+        """This process's trajectories of batch ``number``."""
         draws = Draws(self.config.global_seed, purpose)
-        batch = trajectories(self.backbone, draws, range(first, first + samples))
+        batch = trajectories(self.backbone, draws, self._indices(number, samples))
         return replace(batch, compares_all=self.config.compares_all)
 
     # Training.
 
     def refresh_weights(self) -> None:
         """Re-estimate lambda on a fresh batch, averaged over processes."""
+        if self.config.lambda_form == "constant":
+            nothing = torch.zeros(self.config.num_sampling_steps)
+            self.weights = image_error_weights(nothing, nothing, "constant")
+            self.refreshes.append((self.updates, self.weights.tolist()))
+            return
         batch = self.batch("lambda", len(self.refreshes), self.lambda_samples)
         student = Student(batch, self.router.logits(), self.masking())
         with torch.no_grad():
@@ -130,16 +168,18 @@ class Trainer:
         return torch.stack([loss.detach(), step.error.detach(), scores.sum()]), worths
 
     def train_one(self, remaining: int | None) -> Tensor:
-        """One trajectory of at most ``remaining`` updates.
+        """One sweep over the rows, of at most ``remaining`` updates.
 
         Returns:
             (updates, 3): loss, teacher-student error, sum of scores; averaged over processes.
         """
         results: list[tuple[Tensor, Tensor]] = []
-        batch = self.batch("train", self.trajectories, self.samples)
-        stop = batch.num_steps if remaining is None else min(batch.num_steps, remaining + 1)
-        train_trajectory(
-            batch, self.router, self.masking(), lambda step: results.append(self.update(step)), stop
+        self.method.train(
+            self.trajectories,
+            self.router,
+            self.masking(),
+            lambda step: results.append(self.update(step)),
+            remaining,
         )
         self.trajectories += 1
         records, worths = (torch.stack(column) for column in zip(*results, strict=True))
@@ -150,11 +190,12 @@ class Trainer:
         """After a trajectory: move beta towards the target share of reused branches."""
         if self.config.budget is None:
             return
-        target = 1.0 - float(self.schedule().compute[1:].mean())
+        rows = list(self.method.rows)
+        target = 1.0 - float(self.schedule().compute[rows].mean())
         if self.beta.is_unset:
             self.beta.start(worths, target)
         else:
-            below = self.router.logits()[1:] <= 0
+            below = self.router.logits()[rows] <= 0
             self.beta.update(below.float().mean().item(), target)
 
     def run(self) -> RunDirectory | None:
@@ -163,7 +204,7 @@ class Trainer:
         Raises:
             HarmonicaError: a loss that is not finite; the last checkpoint stands.
         """
-        config, steps = self.config, self.config.num_sampling_steps - 1
+        config, steps = self.config, len(self.method.rows)
         limits = [
             count
             for count in (config.max_steps, config.epochs and config.epochs * steps)

@@ -8,7 +8,7 @@ from harmonica.config import CommandParser
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.flops import Costs, measure_costs
 from harmonica.plots import router_heatmap
-from harmonica.router import RouterFile, load_router
+from harmonica.router import SEMANTICS, RouterFile, load_router
 from models import MODELS, create_model
 
 
@@ -44,6 +44,12 @@ def inspect() -> None:
     parser = CommandParser(description="Show what a router file holds.")
     parser.add_argument("file", type=Path, help="router file, ours or published, or run directory")
     parser.add_argument("--threshold", type=float, help="default: the exported schedule")
+    parser.add_argument(
+        "--semantics",
+        choices=tuple(SEMANTICS),
+        default="harmonica",
+        help="how scores are read; ltc: every other step computes all (Learning-to-Cache)",
+    )
     parser.add_argument("--model", help="for files that do not say")
     parser.add_argument("--image-size", type=int, help="likewise; default: the model's")
     parser.add_argument("--out", type=Path, help="heat map; default: beside the file")
@@ -53,7 +59,7 @@ def inspect() -> None:
 
     router = load_router(arguments.file, "FILE")
     costs = branch_costs(router, arguments.model, arguments.image_size)
-    schedule = router.to_schedule(costs, arguments.threshold)
+    schedule = router.to_schedule(costs, arguments.threshold, arguments.semantics)
     known = {k: v for k, v in vars(router.info).items() if v not in (None, {}, "")}
     for name in (
         "source",

@@ -25,8 +25,6 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from tqdm import tqdm
 
 from harmonica.backbone import load_backbone, load_weights
@@ -34,6 +32,7 @@ from harmonica.config import BackboneConfig, CommandParser, flag_of
 from harmonica.diffusion import TRAIN_STEPS, Diffusion, linear_betas
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import existing_file, write_atomically
+from harmonica.images import LabelledImages
 from harmonica.plots import image_grid
 from harmonica.randomness import Draws
 from harmonica.sampling import sample
@@ -44,24 +43,10 @@ CONFIG = MODELS["DiT-Ti/4"].config
 
 
 def load_images(data: str) -> tuple[Tensor, Tensor, int]:
-    """All images as uint8 (N, 3, 32, 32), their labels (N,), and the number of classes.
-
-    Raises:
-        HarmonicaError: no folder of class folders with images.
-    """
-    crop = Compose([Resize(CONFIG.input_size), CenterCrop(CONFIG.input_size), PILToTensor()])
-    try:
-        if data == "cifar10":
-            dataset = CIFAR10("data", train=True, download=True, transform=crop)
-        else:
-            dataset = ImageFolder(data, transform=crop)
-        images = torch.stack([dataset[i][0] for i in range(len(dataset))])
-    except (OSError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise HarmonicaError(
-            f"--data {data} cannot be read ({reason}); pass a folder of class folders, or cifar10"
-        ) from None
-    return images, torch.tensor(dataset.targets), len(dataset.classes)
+    """All images as uint8 (N, 3, 32, 32), their labels (N,), and the number of classes."""
+    dataset = LabelledImages(data, CONFIG.input_size)
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    return images, torch.tensor(dataset.labels), dataset.num_classes
 
 
 class Batches:

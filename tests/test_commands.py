@@ -225,6 +225,12 @@ def test_inspecting_a_router(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"CUR                    {100 * 9 * 14 / 560:.1f}%" in done.stdout
     assert "computed per step      56 42 42 42 42 42 42 42 42 42" in done.stdout
+    # Read as Learning-to-Cache means it, only every other step reuses anything.
+    done = run_command(
+        script, "published.pt", "--threshold", "0.1", "--model", "DiT-XL/2", "--semantics", "ltc",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "computed per step      56 42 56 42 56 42 56 42 56 42" in done.stdout
 
 
 def test_published_command_lines_parse(tmp_path):
@@ -280,6 +286,11 @@ def refusals(tmp_path):
         ([train, "--target-cur", "0.5", "--target-speedup", "2"], "--target-speedup"),
         ([train, "--target-cur", "0.5", "--l1", "1e-7"], "--l1"),
         ([train, "--adam-eps", "0"], "--adam-eps"),
+        ([train, "--method", "learning-to-cache"], "--data"),
+        ([train, "--method", "learning-to-cache", "--data", "absent", "--target-cur", "0.2"],
+         "--data absent"),
+        ([train, "--data", "absent"], "--data"),
+        ([sample, "--semantics", "ltc"], "--path"),
         ([sample, "--config", "empty.yaml"], "classes"),
         ([train, "--mixed-precision", "fp8"], "--mixed-precision"),
         ([train, "--config", "bad.yaml"], "no_such_option"),

@@ -108,6 +108,7 @@ def test_sensitivity_is_what_one_unit_of_output_error_does():
     assert image_error_weights(image, output, "normalized").tolist() == [0.0, 0.5, 1.5]
     sensitivity = image_error_weights(image, output, "sensitivity")
     assert sensitivity[1:].tolist() == pytest.approx([2 / 3, 4 / 3])
+    assert image_error_weights(image, output, "constant").tolist() == [0.0, 1.0, 1.0]
 
 
 def test_weights_stay_finite_where_nothing_is_reused():

@@ -18,6 +18,7 @@ from harmonica.router import (
     Router,
     RouterFile,
     RouterInfo,
+    alternate_rows,
     budget_schedule,
     load_router,
     save_router,
@@ -236,3 +237,14 @@ def test_macs_and_speedup_by_hand():
     assert schedule.macs == 4 * (3 * 14 + 4) - 5 - 9
     assert schedule.theoretical_speedup == pytest.approx(184 / 170)
     assert schedule.cur == pytest.approx(2 / 24)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_learning_to_cache_computes_all_at_odd_respaced_indices(steps):
+    rows = alternate_rows(steps)
+    indices = [steps - 1 - s for s in rows]
+    assert indices == [i for i in reversed(range(steps - 1)) if i % 2 == 0]
+    logits = torch.full((steps, 6), -5.0)
+    schedule = RouterFile(logits, RouterInfo()).to_schedule(COSTS, 0.1, "ltc")
+    assert schedule.compute[[s for s in range(steps) if s not in rows]].all()
+    assert not schedule.compute[list(rows)].any()

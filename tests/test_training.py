@@ -7,15 +7,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, relative, run_command
+from PIL import Image
 
+from harmonica.cache import Blend, Cache, replay_branches
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError
+from harmonica.images import LabelledImages
 from harmonica.randomness import Draws
 from harmonica.router import Router, load_router
+from harmonica.samplers import State
 from harmonica.sampling import sample
 from harmonica.schedule import Schedule
 from harmonica.sdt import BetaControl, router_optimizer
@@ -30,6 +35,17 @@ ARGUMENTS = [
 def metrics(folder) -> list[dict]:
     lines = (folder / "results" / "000-DiT-Ti-4-T4" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def save_images(folder: Path) -> Path:
+    """Ten smooth pictures in two class folders."""
+    draw = np.random.default_rng(0)
+    for i in range(10):
+        path = folder / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(draw.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+        small.resize((40, 32)).save(path)
+    return folder
 
 
 def free_port() -> int:
@@ -51,12 +67,17 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path):
+@pytest.mark.parametrize("method", ["harmonica", "learning-to-cache"])
+def test_two_processes_train_like_one(method, tmp_path):
+    arguments = ARGUMENTS
+    if method == "learning-to-cache":
+        data = save_images(tmp_path / "images")
+        arguments = [*ARGUMENTS, "--method", method, "--data", str(data)]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    done = run_command("train_router.py", *ARGUMENTS, cwd=tmp_path / "one")
+    done = run_command("train_router.py", *arguments, cwd=tmp_path / "one")
     assert done.returncode == 0, done.stderr
-    done = torchrun(*ARGUMENTS, cwd=tmp_path / "two")
+    done = torchrun(*arguments, cwd=tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3
@@ -67,6 +88,61 @@ def test_two_processes_train_like_one(tmp_path):
     assert (routers[0].logits - routers[1].logits).abs().max() < 5e-3
     # Only one process writes.
     assert len(list((tmp_path / "two" / "results").iterdir())) == 1
+
+
+def test_learning_to_cache_learns_every_other_step_from_images(tmp_path):
+    config = TrainConfig(
+        num_sampling_steps=5, global_batch_size=4, max_steps=5, target_cur=0.3,
+        method="learning-to-cache", data=str(save_images(tmp_path / "images")),
+        results_dir=tmp_path / "results",
+    )  # fmt: skip
+    trainer = Trainer(config)
+    before, learned = trainer.router.logits(), []
+    update = trainer.update
+    trainer.update = lambda step: learned.append(step.s) or update(step)
+    trainer.run()
+    after = trainer.router.logits()
+    # Of respaced indices 4 3 2 1 0 the even ones after the first learn.
+    assert len(learned) == 5 and set(learned) == {2, 4}
+    assert torch.equal(after[[1, 3]], torch.full((2, 24), 5.0))
+    assert not torch.equal(after[2], before[2])
+    schedule = load_router(tmp_path / "results" / "000-DiT-Ti-4-T5").schedule
+    assert schedule.compute[[0, 1, 3]].all() and schedule.cur == pytest.approx(0.3)
+
+
+def test_learning_to_cache_compares_at_noised_images(tmp_path):
+    """Teacher and student at a pair of steps, by hand."""
+    config = TrainConfig(
+        num_sampling_steps=4, global_batch_size=4, max_steps=1, target_cur=0.2, compares_all=True,
+        method="learning-to-cache", data=str(save_images(tmp_path / "images")),
+        results_dir=tmp_path / "results",
+    )  # fmt: skip
+    trainer = Trainer(config)
+    found = []
+    trainer.method.train(
+        0, trainer.router, trainer.masking(), lambda step: found.append(step), limit=1
+    )
+    s, backbone, draws = found[0].s, trainer.backbone, Draws(config.global_seed, "train")
+    images = LabelledImages(config.data, 32)
+    places = draws.integers("image", range(4), len(images))
+    x0 = torch.stack([images[int(i)][0] for i in places]).float() / 127.5 - 1
+    flips = draws.integers("mirrored", range(4), 2)
+    x0 = torch.stack([x.flip(-1) if flip else x for x, flip in zip(x0, flips, strict=True)])
+    y = torch.tensor([images[int(i)][1] for i in places])
+    y[draws.integers("unlabelled", range(4), 10) == 0] = 10
+    i = 3 - (s - 1)
+    bar = backbone.sampler.diffusion.alphas_bar[i]
+    noise = draws.initial_noise(range(4), (3, 32, 32))
+    x = bar**0.5 * x0 + (1 - bar) ** 0.5 * noise
+    times = [torch.full((4,), t) for t in backbone.sampler.timesteps]
+    cache = Cache(24)
+    with torch.no_grad():
+        output = backbone.model(x.float(), times[s - 1], y, replay_branches(cache, [True] * 24))
+        x = backbone.sampler.step(s - 1, State(x.float()), output[:, :3], None).x
+        weights = trainer.router.row(s).sigmoid()
+        blends = [Blend(cache, i, weight, False, True) for i, weight in enumerate(weights)]
+        error = backbone.model(x, times[s], y) - backbone.model(x, times[s], y, blends)
+    assert found[0].error.item() == pytest.approx(error.square().mean().item(), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,120 @@
+"""Learning-to-Cache (Ma et al., NeurIPS 2024): a router trained on images, by pairs of steps.
+
+Every other step computes everything; the step after it may reuse what was just computed. Images
+are noised to a random one of the former, the sampler makes its step, and the router's row of the
+latter learns from the difference between cached and uncached output there. So it never meets the
+errors of earlier reuse, which is what step-wise denoising training adds.
+
+As published the model runs without guidance, on labels of which a tenth is dropped; unlike there,
+latents are the autoencoder's mode rather than a draw, so that a sample is a function of its index.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from harmonica.backbone import Backbone
+from harmonica.cache import Cache, Masking, computing_branches
+from harmonica.denoise import Guidance, Trajectories
+from harmonica.diffusion import TRAIN_STEPS, Diffusion
+from harmonica.errors import HarmonicaError
+from harmonica.images import LabelledImages
+from harmonica.randomness import Draws
+from harmonica.router import Router, alternate_rows
+from harmonica.samplers import State
+from harmonica.sdt import StepError, learn_step
+
+LABEL_DROPOUT = 0.1
+
+
+class LearningToCache:
+    """The published training, one update per batch of images.
+
+    Args:
+        encode: images (n, 3, H, W) in [-1, 1] to latents.
+        global_indices: batch number to this process's sample indices.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: LabelledImages,
+        encode: Callable[[Tensor], Tensor],
+        draws: Draws,
+        global_indices: Callable[[int], range],
+        num_workers: int,
+    ):
+        classes = backbone.model.config.num_classes
+        if images.num_classes > classes:
+            raise HarmonicaError(
+                f"--data has {images.num_classes} classes and --model {backbone.name} has "
+                f"{classes}; pass the images that the model was trained on"
+            )
+        self.backbone, self.images, self.encode, self.draws = backbone, images, encode, draws
+        self.global_indices, self.num_workers = global_indices, num_workers
+        self.rows = alternate_rows(len(backbone.sampler.timesteps))
+        self.alphas_bar = Diffusion.respaced(TRAIN_STEPS).alphas_bar
+        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
+
+    def _batches_from(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images uint8 (n, 3, H, W) and labels (n,) of batch ``number`` and all that follow."""
+
+        def places() -> Iterator[list[int]]:
+            for following in itertools.count(number):
+                indices = self.global_indices(following)
+                yield self.draws.integers("image", indices, len(self.images)).tolist()
+
+        loader = DataLoader(self.images, batch_sampler=places(), num_workers=self.num_workers)
+        return iter(loader)
+
+    def train(
+        self,
+        number: int,
+        router: Router,
+        masking: Masking,
+        update: Callable[[StepError], None],
+        limit: int | None,
+    ) -> None:
+        """One sweep: as many updates as there are rows, each of a row drawn at random."""
+        count = len(self.rows)
+        first = number * count
+        if self._batches is None:
+            self._batches = self._batches_from(first)
+        for k in range(first, first + (count if limit is None else min(count, limit))):
+            # Every process draws the same row, so that its gradient can be averaged.
+            s = self.rows[int(self.draws.integers("row", [k], count))]
+            batch = self._noised(s - 1, k, *next(self._batches))
+            cache = Cache(len(batch.model.branch_names))
+            learn_step(batch, s, _filled(batch, s, cache), cache, router, masking, update)
+
+    def _noised(self, s: int, number: int, images: Tensor, labels: Tensor) -> Trajectories:
+        """Trajectories that stand at noised images before evaluation s."""
+        indices, draws, backbone = self.global_indices(number), self.draws, self.backbone
+        mirrored = draws.integers("mirrored", indices, 2).bool()
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        x0 = self.encode(images.float() / 127.5 - 1)
+        bar = float(self.alphas_bar[int(backbone.sampler.timesteps[s])])
+        noise = draws.initial_noise(indices, backbone.latent_shape).to(x0.device)
+        unlabelled = draws.integers("unlabelled", indices, round(1 / LABEL_DROPOUT)) == 0
+        y = torch.where(unlabelled, backbone.model.config.num_classes, labels)
+        return Trajectories(
+            backbone.model,
+            backbone.sampler,
+            Guidance(1.0),
+            y=y.to(backbone.device),
+            x_T=bar**0.5 * x0 + (1 - bar) ** 0.5 * noise,
+            noise=lambda s: draws.step_noise(s, indices, backbone.latent_shape).to(x0.device),
+        )
+
+
+@torch.no_grad()
+def _filled(batch: Trajectories, s: int, cache: Cache) -> Tensor:
+    """x_s, after step s - 1 has computed everything and filled the cache."""
+
+    def predict(step: int, x: Tensor) -> Tensor:
+        return batch.predict(step, x, computing_branches(cache))
+
+    return batch.walk(State(batch.x_T), predict, start=s - 1, stop=s).x
