@@ -114,10 +114,18 @@ def load_weights(model: DiT, path: Path, name: str) -> None:
     model.load_state_dict(state)
 
 
+def _reduce_precision(model: DiT, dtype: torch.dtype) -> None:
+    """Weights of matrix products in ``dtype``; embedding tables and positions stay float32."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(dtype)
+
+
 def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     """The model, frozen, in eval mode, on the device and in the precision of the configuration.
 
-    Missing weights are downloaded. Sampler state stays float32 whatever the precision.
+    Missing weights are downloaded. Sampler state and the model's residual stream stay float32
+    whatever the precision.
 
     Raises:
         HarmonicaError: weights that cannot be had or do not fit, or sizes that do not.
@@ -138,7 +146,8 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
         )
     weights_hash = verify(path)[:16]
     load_weights(model, path, config.model)
-    model.requires_grad_(False).eval().to(device, DTYPES[config.mixed_precision])
+    model.requires_grad_(False).eval().to(device)
+    _reduce_precision(model, DTYPES[config.mixed_precision])
     return Backbone(
         name=config.model,
         model=model,

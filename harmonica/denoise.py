@@ -27,6 +27,19 @@ class Guidance:
         return 1 if self.scale == 1.0 else 2
 
 
+def evaluate(
+    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, branches: Sequence[Branch] | None = None
+) -> Tensor:
+    """One model evaluation in the precision of its weights, float32 in and out.
+
+    In half precision the matrix products alone are: what they add up to, the residual stream,
+    stays float32, without which images drift.
+    """
+    dtype = next(part.weight.dtype for part in model.modules() if isinstance(part, nn.Linear))
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        return model(x, t, y, branches).float()
+
+
 def guided(
     model: nn.Module,
     x: Tensor,
@@ -48,12 +61,11 @@ def guided(
         noise is the same in both halves; channels that are not guided, the learned variance
         among them, are each half's own.
     """
-    x = x.to(model.pos_embed.dtype)
     time = torch.full((len(x) * guidance.halves,), float(t), device=x.device)
     if guidance.halves == 1:
-        return model(x, time, y, branches).float()
+        return evaluate(model, x, time, y, branches)
     null = torch.full_like(y, model.config.num_classes)
-    output = model(torch.cat([x, x]), time, torch.cat([y, null]), branches).float()
+    output = evaluate(model, torch.cat([x, x]), time, torch.cat([y, null]), branches)
     k = x.shape[1] if guidance.channels is None else min(guidance.channels, x.shape[1])
     conditional, unconditional = output[:, :k].chunk(2)
     noise = unconditional + guidance.scale * (conditional - unconditional)

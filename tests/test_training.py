@@ -275,14 +275,14 @@ def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
         num_sampling_steps=4, global_batch_size=4, max_steps=3, results_dir=tmp_path
     )
     half = Trainer(replace(config, mixed_precision="bf16"))
-    assert half.backbone.model.pos_embed.dtype == torch.bfloat16
+    assert half.backbone.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     half.refresh_weights()
     assert half.train_one(None).isfinite().all()
     whole, draws = Trainer(config).backbone, Draws(0, "sample")
     low = sample(half.backbone, None, draws, range(4))
     assert low.dtype == torch.float32
-    # Four large steps amplify rounding: 7 % was seen; another image would be beyond 100 %.
-    assert relative(low, sample(whole, None, draws, range(4))) < 0.2
+    # The residual stream is float32: 2.6 % was seen, and 7 % with all of it in bf16.
+    assert relative(low, sample(whole, None, draws, range(4))) < 0.04
 
 
 @pytest.mark.gpu
