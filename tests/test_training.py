@@ -1,7 +1,6 @@
 """Training on the bundled backbone: processes, targets, what the trainer leaves behind."""
 
 import json
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, relative, run_command
+from conftest import ROOT, free_port, relative, run_command
 
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError
@@ -30,12 +29,6 @@ ARGUMENTS = [
 def metrics(folder) -> list[dict]:
     lines = (folder / "results" / "000-DiT-Ti-4-T4" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
