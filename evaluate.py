@@ -1,4 +1,4 @@
-"""How far cached images are from uncached ones: `python evaluate.py --path RUN`."""
+"""How good images are: `python evaluate.py --samples FILE --reference FILE`, or `--path RUN`."""
 
 from harmonica.commands import evaluate
 

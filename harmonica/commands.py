@@ -10,8 +10,8 @@ from harmonica.config import (
     parse,
 )
 from harmonica.errors import HarmonicaError, run_command
-from harmonica.files import sha256
-from models import MODELS
+from harmonica.metrics.weights import METRIC_WEIGHTS
+from models import MODELS, WeightSource
 
 
 @run_command
@@ -34,43 +34,69 @@ def sample() -> None:
 
 @run_command
 def evaluate() -> None:
-    config = parse(EvaluateConfig, "Compare routers with baselines at equal cost.")
+    config = parse(EvaluateConfig, "Judge images by FID, sFID, IS, precision, recall and more.")
     from harmonica.evaluation import evaluate_and_report
 
-    print(evaluate_and_report(config))
+    table = evaluate_and_report(config)
+    if table is not None:
+        print(table)
 
 
 @run_command
 def download() -> None:
-    from harmonica.downloads import fetch
+    from harmonica.downloads import fetch, verify
 
     parser = CommandParser(description="Fetch published weights.")
-    parser.add_argument("model", nargs="?", help="model of the zoo with published weights")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help=f"model of the zoo with published weights, or {' or '.join(METRIC_WEIGHTS)}",
+    )
     parser.add_argument("--image-size", type=int, help="default: the model's")
     parser.add_argument("--list", action="store_true", help="show what there is and its state")
     arguments = parser.parse_args()
     if arguments.list or arguments.model is None:
         print(listing())
         return
-    spec = MODELS.get(arguments.model)
-    size = arguments.image_size or (spec.image_size if spec else 0)
+    source = published(arguments.model, arguments.image_size)
+    if isinstance(source, Path):
+        print(f"{source}  sha256 {verify(source)}")
+    else:
+        path = fetch(source)
+        print(f"{path}  sha256 {verify(path, source.sha256)}")
+
+
+def published(name: str, image_size: int | None) -> WeightSource | Path:
+    """Where the weights of a model, or of a network that metrics look through, come from.
+
+    Raises:
+        HarmonicaError: from nowhere.
+    """
+    if name in METRIC_WEIGHTS and image_size is None:
+        return METRIC_WEIGHTS[name]
+    spec = MODELS.get(name)
+    size = image_size or (spec.image_size if spec else 0)
     source = spec.weights.get(size) if spec else None
     if source is None:
         known = [f"{m.name} --image-size {s}" for m in MODELS.values() for s in m.weights]
         raise HarmonicaError(
-            f"no weights are published for {arguments.model} at --image-size {size}; there are "
-            f"{', '.join(known)}"
+            f"no weights are published for {name} at --image-size {size}; there are "
+            f"{', '.join([*known, *METRIC_WEIGHTS])}"
         )
-    path = source if isinstance(source, Path) else fetch(source)
-    print(f"{path}  sha256 {sha256(path)}")
+    return source
 
 
 def listing() -> str:
-    """One line per model with weights: name, image size, where it is."""
+    """One line per checkpoint: name, image size of a model, where it is."""
     from harmonica.downloads import CACHE, state
 
-    return "\n".join(
+    lines = [
         f"{spec.name:10} {size:5} px  {state(source, CACHE)}"
         for spec in MODELS.values()
         for size, source in spec.weights.items()
-    )
+    ]
+    lines += [
+        f"{name:10} {'metrics':>8}  {state(source, CACHE)}"
+        for name, source in METRIC_WEIGHTS.items()
+    ]
+    return "\n".join(lines)

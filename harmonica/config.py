@@ -18,6 +18,7 @@ from harmonica.budget import Budget
 from harmonica.cache import MASKS
 from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
+from harmonica.metrics import EXTRACTORS, METRICS
 from harmonica.objective import ESTIMATORS, FORMS
 from harmonica.router import SEMANTICS, load_router
 from harmonica.samplers import SAMPLERS
@@ -237,33 +238,63 @@ class SampleConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(BackboneConfig):
-    """Comparison of schedules on the same seeds."""
+    """How good images are: files, or sampled with a router or without."""
 
-    paths: tuple[Path, ...] | None = option(
-        None, "router files, schedules or run directories", aliases=("--path",), many=True
+    samples: Path | None = option(
+        None, "images to judge: npz with arr_0 (N, H, W, 3) uint8, or a folder"
+    )
+    path: Path | None = option(
+        None,
+        "or sample them with this router file, schedule JSON or run directory",
+        aliases=("--router",),
     )
     threshold: float | None = option(
         None,
-        "make schedules from the scores; default: the exported ones",
+        "make the schedule from the scores; default: the exported one",
         aliases=("--thres",),
         low=0,
         high=1,
     )
-    curs: tuple[float, ...] | None = option(
+    uncached: bool = option(False, "or sample them from the backbone without a cache")
+    num_images: int | None = option(
         None,
-        "shares of reuse at which schedules are made from the scores",
-        aliases=("--target-cur",),
-        many=True,
-        low=0,
-        high=1,
+        "images to sample (default: 5000), or the first so many of --samples (default: all)",
+        aliases=("--num-samples",),
+        low=1,
     )
-    random_schedules: int = option(5, "random schedules per CUR", low=0)
-    num_images: int = option(512, "seeds", aliases=("--num-samples",), low=1)
     seed: int = option(
         1_000_000, "seed of noise and labels, apart from training's", low=0, high=2**32
     )
     batch_size: int = option(64, "images per forward", low=1)
+    reference: str | None = option(
+        None,
+        "npz of statistics (mu, sigma, mu_s, sigma_s) or images (arr_0) or both, a folder, or "
+        "cifar10, the default for images of the bundled backbone's size",
+    )
+    metrics: tuple[str, ...] | None = option(
+        None, "default: all that the reference allows", choices=METRICS, many=True
+    )
+    extractor: str | None = option(
+        None,
+        "network whose features are compared; default: the one of the reference, else cifar for "
+        "images of the bundled backbone's size, else inception",
+        choices=EXTRACTORS,
+    )
+    against: Path | None = option(
+        None,
+        "npz or folder of uncached images of the same seeds, for PSNR, SSIM and LPIPS; default "
+        "with --path: sampled too",
+    )
+    prompts: Path | None = option(None, "text file, a prompt a line, for the CLIP score")
+    clip_model: str = option(
+        "openai/clip-vit-large-patch14", "CLIP of the Hub or a folder; its name is part of a score"
+    )
     out: Path = option(Path("evaluation"), "folder for the report")
+
+    def __post_init__(self):
+        """Fill in what follows from other fields, so that a run records what it did."""
+        if self.samples is None and self.num_images is None:
+            object.__setattr__(self, "num_images", 5000)
 
 
 Config = TypeVar("Config", bound=BackboneConfig)
@@ -423,11 +454,11 @@ def validate(config: BackboneConfig) -> None:
         )
     for spec in fields(config):
         value, flag, rule = getattr(config, spec.name), flag_of(spec.name), spec.metadata
-        if rule["choices"] and value is not None and value not in rule["choices"]:
-            raise HarmonicaError(
-                f"{flag} {value} is unknown; use one of {', '.join(rule['choices'])}"
-            )
         for item in value if isinstance(value, tuple) else (value,):
+            if rule["choices"] and item is not None and item not in rule["choices"]:
+                raise HarmonicaError(
+                    f"{flag} {item} is unknown; use one of {', '.join(rule['choices'])}"
+                )
             _validate_number(flag, item, rule["low"], rule["high"])
     budgets = [flag_of(name) for name in BUDGETS if getattr(config, name, None) is not None]
     if len(budgets) > 1:

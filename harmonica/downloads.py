@@ -56,8 +56,9 @@ def fetch(source: WeightSource, folder: Path | None = None) -> Path:
     """The file in ``checkpoints/``, downloaded if absent.
 
     A partial file is kept and resumed, separately per address. The sha256 is compared with the one
-    that the server announces, if it does (the Hub; the official address announces none), and stored
-    beside the file, for :func:`verify` at every later use.
+    that is known beforehand or that the server announces, if there is one (the Hub announces it;
+    the official address of DiT does not), and stored beside the file, for :func:`verify` at every
+    later use.
 
     Raises:
         HarmonicaError: no address answers, or what came is not the file.
@@ -87,7 +88,8 @@ def _fetch(source: WeightSource, path: Path) -> Path:
         try:
             announced = _download(url, partial, source.file)
             digest = sha256(partial)
-            if partial.stat().st_size < source.size or announced not in (None, digest):
+            expected = {None, digest}
+            if partial.stat().st_size < source.size or not expected >= {announced, source.sha256}:
                 partial.unlink()
                 reasons.append(f"{url.split('/')[2]}: not the expected file")
                 continue
@@ -100,13 +102,21 @@ def _fetch(source: WeightSource, path: Path) -> Path:
         return path
     raise HarmonicaError(
         f"{source.file} is not in {folder} and could not be fetched ({'; '.join(reasons)}); run "
-        "download.py where there is a network, or copy the file there"
+        f"`download.py {source.arguments}` where there is a network, or copy the file there"
     )
 
 
-def verify(path: Path) -> str:
-    """sha256 of a file, compared with the one stored when it was fetched, if it was."""
+def verify(path: Path, expected: str | None = None) -> str:
+    """sha256 of a file, compared with the one stored when it was fetched, if it was.
+
+    Raises:
+        HarmonicaError: it differs from that, or from ``expected``, known beforehand.
+    """
     digest, record = sha256(path), path.with_name(path.name + ".sha256")
+    if expected not in (None, digest):
+        raise HarmonicaError(
+            f"{path} is not the published file of that name; delete it and fetch it again"
+        )
     if record.is_file() and record.read_text().split()[:1] != [digest]:
         raise HarmonicaError(
             f"{path} has changed since it was fetched; delete it and fetch it again"

@@ -1,146 +1,150 @@
-"""What evaluate.py does: image error of routers and baselines on the same held-out seeds."""
+"""What evaluate.py does: samples in, a table of scores and ``evaluation.json`` out."""
 
 import json
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from accelerate import PartialState
 
-from harmonica.backbone import Backbone, load_backbone, load_decoder
-from harmonica.baselines.fixed import evenly_spaced, random_schedule
-from harmonica.budget import Budget
+from harmonica import __version__
 from harmonica.config import EvaluateConfig, plain
-from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
-from harmonica.plots import error_plot
-from harmonica.randomness import Draws
-from harmonica.report import ImageError, check_output, load_schedule, select_device
-from harmonica.router import budget_schedule, load_router
-from harmonica.sampling import sample
-from harmonica.schedule import Schedule
+from harmonica.metrics.collect import Rows, collect
+from harmonica.metrics.images import pixels
+from harmonica.metrics.instruments import Instruments, choose_instruments
+from harmonica.metrics.paired import paired_rows
+from harmonica.metrics.scores import COLUMNS, PAIRED, all_scores, warnings_about
+from harmonica.metrics.subject import Subject, open_subject
+from harmonica.report import check_output
+from harmonica.run_directory import commit
 
 REPORT = "evaluation.json"
-# One line of the table: schedules that differ in their seed only.
-Group = dict[str, list[Schedule]]
+LIBRARIES = ("torch", "torchvision", "torch-fidelity", "torchmetrics")
 
 
-def contenders(config: EvaluateConfig, backbone: Backbone) -> Group:
-    """The routers, and at every CUR among them the baselines of equal cost."""
-    groups: Group = {}
-    for path in config.paths or ():
-        chosen = [load_schedule(path, config.threshold, backbone)]
-        if config.curs is not None:
-            if path.suffix == ".json" or config.threshold is not None:
-                raise HarmonicaError(
-                    "--target-cur makes schedules from the scores of a router; pass a router file "
-                    "and no --threshold"
-                )
-            logits = load_router(path).logits
-            chosen = [
-                budget_schedule(logits, backbone.costs, Budget(cur=cur)) for cur in config.curs
-            ]
-        for schedule in chosen:
-            groups.setdefault(f"learned router, {schedule.cur:.1%}", []).append(schedule)
-    steps, costs = config.num_sampling_steps, backbone.costs
-    for cur in sorted({schedules[0].cur for schedules in groups.values()}):
-        even = evenly_spaced(steps, costs, Budget(cur=cur))
-        name = "FORA, N = 2" if cur == 0.5 and steps % 2 == 0 else "evenly spaced steps"
-        groups[f"{name}, {cur:.1%}"] = [even]
-        if config.random_schedules:
-            groups[f"random, {cur:.1%}"] = [
-                random_schedule(steps, costs, Budget(cur=cur), seed)
-                for seed in range(config.random_schedules)
-            ]
-    return groups
-
-
-def evaluate_and_report(config: EvaluateConfig) -> str:
-    """Sample everything, write ``evaluation.json`` and a picture; returns the printed table.
+def evaluate_and_report(config: EvaluateConfig) -> str | None:
+    """Measure, write ``evaluation.json``; the table on the main process, None on the others.
 
     Raises:
-        HarmonicaError: bad input.
+        HarmonicaError: bad input, or a score that would not be a number.
     """
-    if not config.paths:
-        raise HarmonicaError(
-            "nothing to evaluate; name router files or run directories with --path"
-        )
     check_output(config.out, REPORT)
-    device = select_device()
-    backbone = load_backbone(config, device)
-    groups = contenders(config, backbone)
-    decode = load_decoder(config, device)
-    draws, indices = Draws(config.seed, "sample"), range(config.num_images)
-
-    def run(schedule: Schedule | None, name: str) -> Tensor:
-        return sample(backbone, schedule, draws, indices, None, config.batch_size, name)
-
-    results = _measure(groups, run, decode)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    # One process of a machine fetches missing weights, the others find them.
+    with state.local_main_process_first():
+        subject = open_subject(config, state.device)
+        instruments = choose_instruments(config, subject, state.device)
+    rows = measure(subject, instruments, config.batch_size, state)
+    reference_rows = measure_reference(instruments, config.batch_size, state)
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return None
+    reference = instruments.reference
+    if reference is not None:
+        reference = reference.completed(reference_rows)
+    scores = all_scores(rows, instruments, reference)
     record = {
         "config": plain(config),
-        "weights_hash": backbone.weights_hash,
-        "torch": torch.__version__,
-        "results": [
-            {"name": name, "schedule": schedule.to_dict(), **error.to_dict()}
-            for name, schedules in groups.items()
-            for schedule, error in zip(schedules, results[name], strict=True)
-        ],
+        **_provenance(subject, instruments),
+        "commit": commit(),
+        "device": str(state.device),
+        "processes": state.num_processes,
+        "versions": _versions(instruments),
+        "scores": {score.name: score.value for score in scores},
+        "per_image": {PAIRED[name][0]: rows[name].tolist() for name in PAIRED if name in rows},
+        "warnings": warnings_about(rows, subject, instruments, reference),
+        "left_out": list(instruments.left_out),
     }
     write_atomically(config.out / REPORT, json.dumps(record, indent=1).encode())
-    picture = config.out / "evaluation.png"
-    error_plot(
-        picture,
-        {
-            name: [
-                (schedule.theoretical_speedup, error.mse_mean)
-                for schedule, error in zip(groups[name], errors, strict=True)
-            ]
-            for name, errors in results.items()
+    lines = [*_heading(subject, record), *(f"{score.name:38} {score.shown}" for score in scores)]
+    lines += [f"left out: {line}" for line in record["left_out"]]
+    lines += [f"warning: {line}" for line in record["warnings"]]
+    return "\n".join([*lines, f"{'report':38} {config.out / REPORT}"])
+
+
+def measure(
+    subject: Subject, instruments: Instruments, batch_size: int, state: PartialState
+) -> Rows:
+    """What is known of every sample by itself, (count, ...)."""
+    columns = {COLUMNS[metric] for metric in instruments.metrics}
+
+    def rows_of(indices: range) -> Rows:
+        batch = subject.samples.read(indices)
+        rows: Rows = {}
+        if instruments.extractor is not None:
+            found = instruments.extractor(batch.images)
+            rows |= {name: value for name, value in found.items() if name in columns}
+        if subject.against is not None:
+            rows |= paired_rows(batch, subject.against.read(indices), instruments.lpips)
+        if instruments.clip is not None:
+            rows["clip"] = instruments.clip(batch.images, indices)
+        return rows
+
+    return collect(subject.count, batch_size, rows_of, state, "samples")
+
+
+def measure_reference(instruments: Instruments, batch_size: int, state: PartialState) -> Rows:
+    """What the metrics need of images of the reference; nothing where its file has it all."""
+    reference, extractor = instruments.reference, instruments.extractor
+    columns = set() if reference is None else reference.columns(instruments.metrics)
+    if not columns:
+        return {}
+
+    def rows_of(indices: range) -> Rows:
+        found = extractor(reference.images.read(indices).images)
+        return {name: value for name, value in found.items() if name in columns}
+
+    return collect(len(reference.images), batch_size, rows_of, state, "reference")
+
+
+def _versions(instruments: Instruments) -> dict[str, str]:
+    libraries = LIBRARIES if instruments.clip is None else (*LIBRARIES, "transformers")
+    return {"harmonica": __version__, **{name: version(name) for name in libraries}}
+
+
+def _provenance(subject: Subject, instruments: Instruments) -> dict:
+    """Where everything came from, by content."""
+    backbone, schedule = subject.backbone, subject.schedule
+    inputs = {
+        "samples": subject.samples,
+        "against": subject.against,
+        "reference": instruments.reference,
+    }
+    networks = {
+        "extractor": instruments.extractor,
+        "lpips": instruments.lpips,
+        "clip": instruments.clip,
+    }
+    return {
+        "weights_hash": None if backbone is None else backbone.weights_hash,
+        "schedule": None if schedule is None else schedule.to_dict(),
+        "count": subject.count,
+        "size": list(subject.samples.size),
+        **{
+            role: None if found is None else {"name": found.name, "sha256": found.content_hash()}
+            for role, found in inputs.items()
         },
-    )
-    return "\n".join([*_table(groups, results), _footer(config, backbone, picture)])
+        **{
+            role: None if found is None else {"name": found.name, "sha256": found.sha256}
+            for role, found in networks.items()
+        },
+    }
 
 
-def _measure(
-    groups: Group,
-    run: Callable[[Schedule | None, str], Tensor],
-    decode: Callable[[Tensor], Tensor],
-) -> dict[str, list[ImageError]]:
-    reference = run(None, "uncached")
-    reference_images = decode(reference)
-    results: dict[str, list[ImageError]] = {name: [] for name in groups}
-    for name, schedules in groups.items():
-        for schedule in schedules:
-            latents = run(schedule, name)
-            results[name].append(
-                ImageError.between(latents, reference, decode(latents), reference_images)
-            )
-    return results
-
-
-def _table(groups: Group, results: dict[str, list[ImageError]]) -> list[str]:
-    """Means over the schedules of a line; the range of their mean errors in brackets."""
-    lines = [
-        f"{'schedule':30} {'number':>6} {'MACs':>6} {'MSE, mean over seeds':>28} "
-        f"{'median':>8} {'PSNR':>8}"
-    ]
-    for name, errors in results.items():
-        speedup = statistics.fmean(schedule.theoretical_speedup for schedule in groups[name])
-        means = [error.mse_mean for error in errors]
-        spread = f"({min(means):.5f} to {max(means):.5f})" if len(means) > 1 else ""
-        median = statistics.fmean(error.mse_median for error in errors)
-        psnr = statistics.fmean(error.psnr_mean for error in errors)
-        lines.append(
-            f"{name:30} {len(errors):6} {speedup:5.2f}x {statistics.fmean(means):7.5f} {spread:20} "
-            f"{median:8.5f} {psnr:5.1f} dB"
-        )
+def _heading(subject: Subject, record: dict) -> list[str]:
+    """What the scores of the table are of, and against what."""
+    samples = f"{subject.samples.name}, {subject.count} of {pixels(subject.samples.size)}"
+    lines = [f"{'samples':38} {samples}"]
+    if subject.backbone is not None:
+        lines.append(f"{'weights':38} {subject.backbone.weights_hash}")
+    if subject.schedule is not None:
+        lines += [
+            f"{'cache-utilisation ratio (CUR)':38} {subject.schedule.cur:.1%}",
+            f"{'theoretical speed-up (MACs)':38} {subject.schedule.theoretical_speedup:.2f}x",
+        ]
+    for role in ("reference", "extractor", "against"):
+        if record[role] is not None:
+            content = record[role]["sha256"]
+            suffix = "" if content is None else f", {content[:16]}"
+            lines.append(f"{role:38} {record[role]['name']}{suffix}")
     return lines
-
-
-def _footer(config: EvaluateConfig, backbone: Backbone, picture: Path) -> str:
-    return (
-        f"{config.num_images} image seeds from seed {config.seed}, weights "
-        f"{backbone.weights_hash}, {config.sampler} T = {config.num_sampling_steps}, guidance "
-        f"{config.cfg_scale:g}; picture: {picture}"
-    )

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -32,6 +33,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise HarmonicaError(
             f"cannot write {path}: {error.strerror}; choose a folder that can be written to"
         ) from None
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write tensors and counters for :func:`torch.load`, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def sha256(path: Path) -> str:

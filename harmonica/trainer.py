@@ -16,7 +16,7 @@ from harmonica.config import TrainConfig, plain
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
-from harmonica.images import LabelledImages
+from harmonica.labelled_images import LabelledImages
 from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
 from harmonica.plots import comparison, lambda_curve, router_heatmap
 from harmonica.randomness import Draws

@@ -19,15 +19,21 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class WeightSource:
-    """One published checkpoint: addresses in the order in which they are tried.
+    """One published checkpoint.
 
-    ``file`` is its name in ``checkpoints/``. ``size`` in bytes is a lower bound that tells a
-    truncated file or an error page from a checkpoint.
+    Attributes:
+        file: its name in ``checkpoints/``.
+        urls: addresses in the order in which they are tried.
+        size: lower bound in bytes that tells a truncated file or an error page from a checkpoint.
+        arguments: what download.py calls it.
+        sha256: what the file must hash to, where that is known beforehand.
     """
 
     file: str
     urls: tuple[str, ...]
     size: int
+    arguments: str = ""
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ def _published(size: int) -> WeightSource:
             "diffusion_pytorch_model.bin",
         ),
         size=2_600_000_000,
+        arguments=f"DiT-XL/2 --image-size {size}",
     )
 
 

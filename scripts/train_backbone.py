@@ -13,7 +13,6 @@ Every ``--export-every`` epochs, and at the end, the averaged weights are writte
 """
 
 import argparse
-import io
 import json
 import math
 import time
@@ -31,8 +30,8 @@ from harmonica.backbone import load_backbone, load_weights
 from harmonica.config import BackboneConfig, CommandParser, flag_of
 from harmonica.diffusion import TRAIN_STEPS, Diffusion, linear_betas
 from harmonica.errors import HarmonicaError, run_command
-from harmonica.files import existing_file, write_atomically
-from harmonica.images import LabelledImages
+from harmonica.files import existing_file, write_atomically, write_torch
+from harmonica.labelled_images import load_labelled_images
 from harmonica.plots import image_grid
 from harmonica.randomness import Draws
 from harmonica.sampling import sample
@@ -40,13 +39,6 @@ from models import MODELS
 from models.dit import DiT
 
 CONFIG = MODELS["DiT-Ti/4"].config
-
-
-def load_images(data: str) -> tuple[Tensor, Tensor, int]:
-    """All images as uint8 (N, 3, 32, 32), their labels (N,), and the number of classes."""
-    dataset = LabelledImages(data, CONFIG.input_size)
-    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
-    return images, torch.tensor(dataset.labels), dataset.num_classes
 
 
 class Batches:
@@ -137,12 +129,6 @@ def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
 def export(ema: dict[str, Tensor], out: Path) -> None:
     """Write the averaged weights in half precision, and what they draw: one row per class."""
     path = out / "weights.safetensors"
@@ -161,7 +147,8 @@ def train(args: argparse.Namespace) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    images, labels, num_classes = load_images(args.data)
+    images, labels, classes = load_labelled_images(args.data, CONFIG.input_size)
+    num_classes = len(classes)
     batches = Batches(images, labels, num_classes, args.batch_size, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     total = args.epochs * batches.per_epoch
@@ -226,7 +213,8 @@ def train(args: argparse.Namespace) -> None:
             bar.set_postfix(mse=f"{mean_mse:.4f}", bound=f"{mean_bound:.4f}")
             losses = []
         if step % args.save_every == 0 or step == total:
-            save_checkpoint(
+            write_torch(
+                checkpoint,
                 {
                     "model": model.state_dict(),
                     "ema": ema,
@@ -234,7 +222,6 @@ def train(args: argparse.Namespace) -> None:
                     "seconds": time.time() - started,
                     "optimizer": optimizer.state_dict(),
                 },
-                checkpoint,
             )
         if step % (args.export_every * batches.per_epoch) == 0 or step == total:
             export(ema, args.out)

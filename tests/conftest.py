@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,6 +80,12 @@ def relative(value: Tensor, reference: Tensor) -> float:
     """Relative L2 distance; NaN never passes a comparison."""
     reference = reference.double()
     return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

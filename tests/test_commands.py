@@ -129,20 +129,6 @@ def test_iddpm_samples(tmp_path):
     assert (tmp_path / "samples" / "uncached" / "000001.png").is_file()
 
 
-def test_evaluation_of_a_router_against_baselines(run, tmp_path):
-    done = run_command(
-        "evaluate.py", "--path", run, "--num-images", "4", "--random-schedules", "2",
-        "--target-cur", "0.25", "0.5", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    curs = [result["schedule"]["cur"] for result in content["results"]]
-    assert sorted(curs) == [0.25] * 4 + [0.5] * 4
-    assert all(len(result["mse"]) == 4 for result in content["results"])
-    assert content["weights_hash"] in done.stdout
-    assert (tmp_path / "evaluation" / "evaluation.png").is_file()
-
-
 def test_sampling_with_a_method_that_needs_no_training(tmp_path):
     done = run_command(
         "sample.py", "--method", "fora", "--target-speedup", "2", "--compare",
@@ -319,10 +305,16 @@ def refusals(tmp_path):
         ([sample, "--num-images", "0"], "--num-images 0"),
         ([sample, "--threshold", "0"], "--path"),
         ([sample, "--out", "file/below"], "--out file/below"),
-        (["evaluate.py", "--path", "x", "--target-cur", "0.5", "2"], "2.0"),
+        (["evaluate.py", "--samples", "x", "--metrics", "fid", "kid"], "--metrics kid"),
+        (["evaluate.py", "--samples", "x", "--extractor", "vgg"], "--extractor vgg"),
+        (["evaluate.py", "--samples", "absent.npz"], "--samples absent.npz"),
         (["scripts/train_backbone.py", "--data", "absent", "--out", "b"], "--data absent"),
+        (["scripts/train_classifier.py", "--data", "absent", "--out", "b"], "--test-data"),
+        (["scripts/train_classifier.py", "--data", "absent", "--test-data", "absent", "--out", "b"],
+         "--data absent"),
         (["evaluate.py"], "--path"),
         (["download.py", "DiT-S/2"], "DiT-S/2"),
+        (["download.py", "inception", "--image-size", "299"], "inception"),
         (["scripts/inspect_router.py", "absent"], "absent"),
     ]  # fmt: skip
 

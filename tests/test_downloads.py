@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -103,6 +104,21 @@ def test_a_file_that_is_not_the_announced_one_is_refused(server, tmp_path):
     with pytest.raises(HarmonicaError, match="not the expected file"):
         fetch(source(server.url), tmp_path)
     assert left_behind(tmp_path) == []
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused(server, tmp_path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    other = replace(source(server.url), sha256="0" * 64, arguments="inception")
+    with pytest.raises(HarmonicaError, match=r"not the expected file.*`download\.py inception`"):
+        fetch(other, tmp_path)
+    assert left_behind(tmp_path) == []
+    path = fetch(replace(other, sha256=digest), tmp_path)
+    assert verify(path, digest) == digest
+    # A file that was put there by hand has no record, and is held to the pin all the same.
+    path.with_name("weights.pt.sha256").unlink()
+    with pytest.raises(HarmonicaError, match="not the published file"):
+        verify(path, "0" * 64)
+    assert verify(path) == digest
 
 
 def test_a_partial_file_that_is_too_long_is_started_again(server, tmp_path):

@@ -1,7 +1,6 @@
 """Training on the bundled backbone: processes, targets, what the trainer leaves behind."""
 
 import json
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, relative, run_command
+from conftest import ROOT, free_port, relative, run_command
 from PIL import Image
 
 from harmonica.cache import Blend, Cache, replay_branches
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError
-from harmonica.images import LabelledImages
+from harmonica.labelled_images import LabelledImages
 from harmonica.randomness import Draws
 from harmonica.router import Router, load_router
 from harmonica.samplers import State
@@ -46,12 +45,6 @@ def save_images(folder: Path) -> Path:
         small = Image.fromarray(draw.integers(0, 255, (4, 4, 3), dtype=np.uint8))
         small.resize((40, 32)).save(path)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:

@@ -21,7 +21,7 @@ from harmonica.cache import Cache, Masking, computing_branches
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.diffusion import TRAIN_STEPS, Diffusion
 from harmonica.errors import HarmonicaError
-from harmonica.images import LabelledImages
+from harmonica.labelled_images import LabelledImages
 from harmonica.randomness import Draws
 from harmonica.router import Router, alternate_rows
 from harmonica.samplers import State
@@ -48,9 +48,9 @@ class LearningToCache:
         num_workers: int,
     ):
         classes = backbone.model.config.num_classes
-        if images.num_classes > classes:
+        if len(images.classes) > classes:
             raise HarmonicaError(
-                f"--data has {images.num_classes} classes and --model {backbone.name} has "
+                f"--data has {len(images.classes)} classes and --model {backbone.name} has "
                 f"{classes}; pass the images that the model was trained on"
             )
         self.backbone, self.images, self.encode, self.draws = backbone, images, encode, draws

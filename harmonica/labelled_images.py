@@ -1,0 +1,64 @@
+"""Labelled images: for training the bundled networks, and for Learning-to-Cache."""
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+from harmonica.errors import HarmonicaError
+
+
+class LabelledImages(Dataset):
+    """Centre-cropped images, uint8 (3, size, size), and their labels.
+
+    Args:
+        data: a folder of class folders, or ``cifar10``, which torchvision downloads.
+        train: which split of CIFAR-10.
+        flag: the one that ``data`` came from.
+
+    Raises:
+        HarmonicaError: no folder of class folders with images; later, an image that cannot be read.
+    """
+
+    def __init__(self, data: str, size: int, *, train: bool = True, flag: str = "--data"):
+        self._flag = flag
+        crop = Compose([Resize(size), CenterCrop(size), PILToTensor()])
+        try:
+            if data == "cifar10":
+                self._source = CIFAR10("data", train=train, download=True, transform=crop)
+            else:
+                self._source = ImageFolder(data, transform=crop)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise HarmonicaError(
+                f"{flag} {data} cannot be read ({reason}); pass a folder of class folders, or "
+                "cifar10"
+            ) from None
+        self.labels: list[int] = self._source.targets
+        self.classes: list[str] = self._source.classes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return self._source[index]
+        except OSError as error:  # those of PIL among them
+            reason = str(error).split("\n")[0]
+            raise HarmonicaError(
+                f"{self._flag} cannot be read whole ({reason}); remove that image"
+            ) from None
+
+
+def load_labelled_images(
+    data: str, size: int, *, train: bool = True, flag: str = "--data"
+) -> tuple[Tensor, Tensor, list[str]]:
+    """All of :class:`LabelledImages` in memory.
+
+    Returns:
+        uint8 (N, 3, size, size), labels (N,), and the names of the classes.
+    """
+    dataset = LabelledImages(data, size, train=train, flag=flag)
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    return images, torch.tensor(dataset.labels), dataset.classes

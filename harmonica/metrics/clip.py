@@ -1,0 +1,90 @@
+"""CLIP score: how well images fit the prompts that they were made from."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harmonica.errors import HarmonicaError
+from harmonica.files import existing_file
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line.
+
+    Raises:
+        HarmonicaError: unreadable, or a line without a prompt.
+    """
+    try:
+        lines = existing_file(path, "--prompts").read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise HarmonicaError(f"--prompts {path} is not UTF-8 text; save it as such") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise HarmonicaError(
+                f"--prompts {path}: line {number} is empty; give every image a prompt"
+            )
+    return lines
+
+
+class ClipScore:
+    """100 max(cos(image, text), 0) with one CLIP (Hessel et al., 2021).
+
+    There is no agreed CLIP, so a score is worth nothing without ``name``.
+
+    Attributes:
+        sha256: of the weights as loaded.
+        truncated: number of prompts that are longer than the text encoder reads.
+    """
+
+    def __init__(self, name: str, prompts: list[str], device: torch.device):
+        """Load a CLIP of the Hub or of a folder.
+
+        Raises:
+            HarmonicaError: transformers is not installed, or there is no such CLIP.
+        """
+        try:
+            from transformers import CLIPModel, CLIPProcessor  # heavy, and only prompts need it
+        except ImportError:
+            raise HarmonicaError(
+                "--prompts needs transformers; install the project with its extra [text]"
+            ) from None
+        try:
+            self._model = CLIPModel.from_pretrained(name).eval().to(device)
+            self._processor = CLIPProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0][:160]
+            raise HarmonicaError(
+                f"--clip-model {name} is neither a folder nor in the Hub's cache and cannot be "
+                f"fetched ({reason}); run `hf download {name}` where there is a network, or pass "
+                "the path of a copy"
+            ) from None
+        self.name, self._prompts, self._device = name, prompts, device
+        self._longest = self._model.config.text_config.max_position_embeddings
+        lengths = [len(self._processor.tokenizer(prompt).input_ids) for prompt in prompts]
+        self.truncated = sum(length > self._longest for length in lengths)
+        self.sha256 = _hash(self._model.state_dict())
+
+    def __call__(self, images: Tensor, indices: range) -> Tensor:
+        """Scores (n,) of images (n, 3, H, W) uint8 with the prompts of these indices."""
+        inputs = self._processor(
+            text=[self._prompts[i] for i in indices],
+            images=[image.permute(1, 2, 0).numpy() for image in images],
+            return_tensors="pt",
+            # To one length, so that a score does not depend on the batch.
+            padding="max_length",
+            max_length=self._longest,
+            truncation=True,
+        )
+        output = self._model(**inputs.to(self._device))
+        cosine = (output.image_embeds * output.text_embeds).sum(dim=1)
+        return 100 * cosine.clamp(min=0)
+
+
+def _hash(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""Arrays of an npz file, read a stretch of rows at a time; nothing in the file is unpickled."""
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from harmonica.errors import HarmonicaError
+from harmonica.files import existing_file
+
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)
+
+
+class Npz:
+    """The arrays of an npz file.
+
+    Raises:
+        HarmonicaError: not a whole npz file; ``flag`` is named.
+    """
+
+    def __init__(self, path: Path, flag: str):
+        self.path, self.flag = existing_file(path, flag), flag
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except _DAMAGED as error:
+            raise self._damaged(error) from None
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.npy" in self._archive.namelist()
+
+    def __getitem__(self, name: str) -> "NpzArray":
+        """The array called ``name``, of which only the header is read.
+
+        Raises:
+            HarmonicaError: absent, damaged, or made of Python objects.
+        """
+        if name not in self:
+            held = ", ".join(entry.removesuffix(".npy") for entry in self._archive.namelist())
+            raise HarmonicaError(
+                f"{self.flag} {self.path} holds no array {name}, but {held or 'nothing'}; pass "
+                "another file"
+            )
+        try:
+            return self._open(name)
+        except _DAMAGED as error:
+            raise self._damaged(error) from None
+
+    def _open(self, name: str) -> "NpzArray":
+        entry = self._archive.getinfo(f"{name}.npy")
+        file = self._archive.open(entry)
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"npy format {version} is not known")
+        shape, is_fortran, dtype = _HEADERS[version](file)
+        if dtype.hasobject:
+            raise HarmonicaError(
+                f"{self.flag} {self.path}: {name} holds pickled objects, which are never loaded; "
+                "save plain arrays"
+            )
+        if is_fortran and len(shape) > 1:
+            raise HarmonicaError(
+                f"{self.flag} {self.path}: {name} is in Fortran order; save it in C order"
+            )
+        start = file.tell()
+        if entry.file_size - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is shorter or longer than its header says")
+        return NpzArray(self, name, shape, dtype, file, start)
+
+    def _damaged(self, error: Exception) -> HarmonicaError:
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        return HarmonicaError(
+            f"{self.flag} {self.path} is not a whole npz file ({reason}); copy or make it again"
+        )
+
+
+class NpzArray:
+    """One array of an npz file, which stays on disk.
+
+    Attributes:
+        shape: as in numpy, with the data in C order.
+    """
+
+    def __init__(
+        self,
+        npz: Npz,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        file: IO[bytes],
+        start: int,
+    ):
+        self.name, self.shape, self.dtype = name, shape, dtype
+        self._npz, self._file, self._start = npz, file, start
+
+    def rows(self, indices: range) -> np.ndarray:
+        """Consecutive rows, (n, *shape[1:]); going through them in order reads the file once."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = self._read(indices.start * row, len(indices) * row)
+        return np.frombuffer(data, self.dtype).reshape(len(indices), *self.shape[1:])
+
+    def whole(self) -> np.ndarray:
+        """All of it."""
+        data = self._read(0, math.prod(self.shape) * self.dtype.itemsize)
+        return np.frombuffer(data, self.dtype).reshape(self.shape)
+
+    def _read(self, offset: int, size: int) -> bytearray:
+        try:
+            self._file.seek(self._start + offset)
+            data = self._file.read(size)
+        except _DAMAGED as error:
+            raise self._npz._damaged(error) from None
+        if len(data) < size:
+            raise self._npz._damaged(EOFError(f"{self.name} ends early"))
+        return bytearray(data)  # arrays that PyTorch takes are writable

@@ -1,0 +1,60 @@
+"""Images that a backbone samples, as a set like any other; only the batch at hand is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harmonica.backbone import Backbone
+from harmonica.errors import HarmonicaError
+from harmonica.metrics.images import Batch
+from harmonica.randomness import Draws
+from harmonica.sampling import sample
+from harmonica.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class SampledImages:
+    """The images of ``count`` seeds, with labels drawn from them.
+
+    Attributes:
+        schedule: None computes everything.
+        decode: latents to images (n, 3, H, W) in [0, 1].
+    """
+
+    name: str
+    backbone: Backbone
+    schedule: Schedule | None
+    decode: Callable[[Tensor], Tensor]
+    seed: int
+    count: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (self.backbone.image_size, self.backbone.image_size)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: range) -> Batch:
+        """Sample these; pixels are rounded to 8 bits, as image files would have them.
+
+        Raises:
+            HarmonicaError: an image is not finite.
+        """
+        draws = Draws(self.seed, "sample")
+        latents = sample(
+            self.backbone, self.schedule, draws, indices, batch_size=max(1, len(indices))
+        )
+        images = self.decode(latents)
+        broken = ~(latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1))
+        if broken.any():
+            raise HarmonicaError(
+                f"sampled image {indices[int(broken.nonzero()[0])]} ({self.name}) is not finite; "
+                "use --mixed-precision no, or check --ckpt and --cfg-scale"
+            )
+        return Batch((images * 255).round().clamp(0, 255).to(torch.uint8), latents)
+
+    def content_hash(self) -> None:
+        return None
