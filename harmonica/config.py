@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
@@ -312,7 +313,9 @@ def flag_of(name: str) -> str:
 
 
 def _types_of(spec: Any) -> tuple[type, ...]:
-    return tuple(kind for kind in (get_args(spec.type) or (spec.type,)) if kind is not type(None))
+    """The types of a field, None left out."""
+    kinds = get_args(spec.type) if isinstance(spec.type, UnionType) else (spec.type,)
+    return tuple(kind for kind in kinds if kind is not type(None))
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -483,11 +486,10 @@ def validate(config: BackboneConfig) -> None:
 
 def _known_to_router(cls: type[BackboneConfig], values: dict[str, Any]) -> dict[str, Any]:
     """What the router file that is replayed says of model and sampler, if it is there."""
-    paths = [values[name] for name in ("path", "paths") if values.get(name) is not None]
-    first = Path(paths[0] if not isinstance(paths[0], tuple) else paths[0][0]) if paths else None
-    if first is None or not first.exists() or first.suffix == ".json":
+    path = values.get("path")
+    if path is None or not path.exists() or path.suffix == ".json":
         return {}
-    router = load_router(first)
+    router = load_router(path)
     known = {name: getattr(router.info, name) for name in SHARED_WITH_ROUTER}
     known["num_sampling_steps"] = len(router.logits)
     return {name: value for name, value in known.items() if value is not None}
@@ -499,6 +501,8 @@ def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
     given.pop("dry_run", None)
     preset = given.pop("config", None)
     values = read_preset(cls, preset) if preset is not None else {}
+    if given.get("quick"):
+        values.update(cls.QUICK)
     for flags, replaced in REPLACED_BY_FLAG:
         if given.keys() & set(flags):
             values = {name: value for name, value in values.items() if name not in replaced}

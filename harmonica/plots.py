@@ -1,6 +1,7 @@
 """Pictures of a run: router heat map, lambda curve, image grids."""
 
 import io
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -101,23 +102,55 @@ def comparison(path: Path, rows: dict[str, Tensor], columns: int = 12) -> None:
     _save(figure, path)
 
 
-def error_plot(path: Path, groups: dict[str, list[tuple[float, float]]]) -> None:
-    """Image error against theoretical speed-up; a group is a line of the table.
+def pareto_plot(path: Path, results: list[dict]) -> None:
+    """Quality against cost: a column per cost (MACs, time), a row per quality.
 
     Args:
-        groups: name, of which the part before the comma is the method, to (speed-up, error).
+        results: cells of a comparison, see ``harmonica.comparison``. Only cells that were timed
+            are drawn. Methods that take fewer steps are lines, so that a point below them is
+            worth having.
     """
-    figure = Figure((8, 5), layout="constrained")
-    axis = figure.subplots()
-    methods = list(dict.fromkeys(name.split(",")[0] for name in groups))
-    for method, marker in zip(methods, "osx^Dv*", strict=False):
-        points = [
-            p for name, found in groups.items() if name.split(",")[0] == method for p in found
-        ]
-        axis.scatter(*zip(*points, strict=True), marker=marker, label=method)
-    axis.set_yscale("log")
-    axis.set_xlabel("theoretical speed-up")
-    axis.set_ylabel("mean squared error against uncached images")
-    axis.grid(True, which="both", alpha=0.3)
-    axis.legend()
+    timed = [result for result in results if "measured_speedup" in result]
+    costs = {
+        "theoretical speed-up (MACs)": lambda r: r["theoretical_speedup"],
+        "measured speed-up": lambda r: r["measured_speedup"]["ratio"],
+    }
+    qualities = {
+        "MSE to the uncached images": lambda r: r["against_uncached"]["mse_mean"],
+        "MSE to the exact solution": lambda r: r.get("against_exact", {}).get("mse_mean"),
+    }
+    for name in sorted({name for result in timed for name in result["scores"]}):
+        qualities[name] = lambda r, name=name: r["scores"].get(name)
+    qualities = {name: value for name, value in qualities.items() if any(value(r) for r in timed)}
+    figure = Figure((12, 4 * len(qualities)), layout="constrained")
+    axes = figure.subplots(len(qualities), len(costs), squeeze=False)
+    methods = list(dict.fromkeys(result["method"] for result in timed))
+    colors = colormaps["tab20"](np.linspace(0, 1, max(2, len(methods))))
+    for row, (quality, value) in zip(axes, qualities.items(), strict=True):
+        for axis, (cost, speedup) in zip(row, costs.items(), strict=True):
+            for method, marker, color in zip(methods, cycle("osD^vPX*<>ph"), colors, strict=False):
+                points = sorted(
+                    (speedup(r), value(r)) for r in timed if r["method"] == method and value(r)
+                )
+                if not points:
+                    continue
+                axis.plot(
+                    *zip(*points, strict=True),
+                    linestyle="-" if method.startswith("fewer-steps") else ":",
+                    linewidth=2.5 if method == "harmonica" else 1.2,
+                    marker=marker,
+                    color=color,
+                    label=method,
+                )
+            if quality.startswith("MSE"):
+                axis.set_yscale("log")
+            axis.set_xlabel(cost)
+            axis.set_ylabel(quality)
+            axis.grid(True, which="both", alpha=0.3)
+    known = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        known |= dict(zip(labels, handles, strict=True))
+    shown = [method for method in methods if method in known]
+    figure.legend([known[m] for m in shown], shown, loc="outside right upper")
     _save(figure, path)

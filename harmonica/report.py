@@ -3,10 +3,7 @@
 import io
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,88 +16,15 @@ from harmonica.baselines import METHODS, Plan
 from harmonica.config import SampleConfig, plain
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, write_atomically
+from harmonica.image_error import ImageError
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.router import load_router
-from harmonica.sampling import replay, sample, trajectories
+from harmonica.sampling import eight_bit, replay, sample, trajectories
 from harmonica.schedule import Schedule
+from harmonica.timing import Timing, timed
 
 REPORT = "report.json"
-
-
-@dataclass(frozen=True)
-class ImageError:
-    """Distance of images to those of the same seeds without the cache, one entry per seed.
-
-    ``mse`` is on the model's own scale, latents or pixels in [-1, 1]; ``psnr`` is on images in
-    [0, 1], in dB.
-    """
-
-    mse: tuple[float, ...]
-    psnr: tuple[float, ...]
-
-    @classmethod
-    def between(
-        cls, latents: Tensor, reference: Tensor, images: Tensor, reference_images: Tensor
-    ) -> "ImageError":
-        """From latents (n, C, h, w) and images (n, 3, H, W)."""
-        errors = (latents - reference).square().flatten(1).mean(1)
-        pixel = (images - reference_images).square().flatten(1).mean(1).clamp(min=1e-12)
-        return cls(tuple(errors.tolist()), tuple((-10 * pixel.log10()).tolist()))
-
-    @property
-    def mse_mean(self) -> float:
-        return statistics.fmean(self.mse)
-
-    @property
-    def mse_median(self) -> float:
-        return statistics.median(self.mse)
-
-    @property
-    def psnr_mean(self) -> float:
-        return statistics.fmean(self.psnr)
-
-    def to_dict(self) -> dict:
-        return {
-            "mse_mean": self.mse_mean,
-            "mse_median": self.mse_median,
-            "psnr_mean": self.psnr_mean,
-            "mse": self.mse,
-            "psnr": self.psnr,
-        }
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per batch over repetitions."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} s ({self.low:.3f} to {self.high:.3f})"
-
-
-def timed(
-    runs: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, Timing]:
-    """Time several functions in turn, so that a busy moment hits them alike; one warm-up each."""
-
-    def seconds(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    for run in runs.values():
-        seconds(run)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            taken[name].append(seconds(run))
-    return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
 
 
 def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor | None]:
@@ -153,7 +77,7 @@ def save_images(folder: Path, images: Tensor) -> None:
     """``000000.png`` ... in sample order."""
     for i, image in enumerate(images):
         buffer = io.BytesIO()
-        to_pil_image(image).save(buffer, format="PNG")
+        to_pil_image(eight_bit(image)).save(buffer, format="PNG")
         write_atomically(folder / f"{i:06d}.png", buffer.getvalue())
 
 

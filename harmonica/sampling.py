@@ -73,3 +73,8 @@ def sample(
         )
         done.append(replay(batch, schedule).cpu())
     return torch.cat(done)
+
+
+def eight_bit(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, rounded, as image files have them."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)

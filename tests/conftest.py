@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from harmonica.denoise import Guidance, Trajectories
@@ -100,3 +101,15 @@ def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Co
         timeout=600,
         stdin=subprocess.DEVNULL,
     )
+
+
+@pytest.fixture
+def labelled_images(tmp_path) -> Path:
+    """Ten smooth pictures in two class folders."""
+    draw = np.random.default_rng(0)
+    for i in range(10):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(draw.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+        small.resize((40, 32)).save(path)
+    return tmp_path / "images"

@@ -6,12 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, free_port, relative, run_command
-from PIL import Image
 
 from harmonica.cache import Blend, Cache, replay_branches
 from harmonica.config import TrainConfig
@@ -36,17 +34,6 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def save_images(folder: Path) -> Path:
-    """Ten smooth pictures in two class folders."""
-    draw = np.random.default_rng(0)
-    for i in range(10):
-        path = folder / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(draw.integers(0, 255, (4, 4, 3), dtype=np.uint8))
-        small.resize((40, 32)).save(path)
-    return folder
-
-
 def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Two gloo processes of train_router.py on this machine."""
     launch = [
@@ -61,11 +48,10 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["harmonica", "learning-to-cache"])
-def test_two_processes_train_like_one(method, tmp_path):
+def test_two_processes_train_like_one(method, tmp_path, labelled_images):
     arguments = ARGUMENTS
     if method == "learning-to-cache":
-        data = save_images(tmp_path / "images")
-        arguments = [*ARGUMENTS, "--method", method, "--data", str(data)]
+        arguments = [*ARGUMENTS, "--method", method, "--data", str(labelled_images)]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     done = run_command("train_router.py", *arguments, cwd=tmp_path / "one")
@@ -83,10 +69,10 @@ def test_two_processes_train_like_one(method, tmp_path):
     assert len(list((tmp_path / "two" / "results").iterdir())) == 1
 
 
-def test_learning_to_cache_learns_every_other_step_from_images(tmp_path):
+def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelled_images):
     config = TrainConfig(
         num_sampling_steps=5, global_batch_size=4, max_steps=5, target_cur=0.3,
-        method="learning-to-cache", data=str(save_images(tmp_path / "images")),
+        method="learning-to-cache", data=str(labelled_images),
         results_dir=tmp_path / "results",
     )  # fmt: skip
     trainer = Trainer(config)
@@ -103,11 +89,11 @@ def test_learning_to_cache_learns_every_other_step_from_images(tmp_path):
     assert schedule.compute[[0, 1, 3]].all() and schedule.cur == pytest.approx(0.3)
 
 
-def test_learning_to_cache_compares_at_noised_images(tmp_path):
+def test_learning_to_cache_compares_at_noised_images(tmp_path, labelled_images):
     """Teacher and student at a pair of steps, by hand."""
     config = TrainConfig(
         num_sampling_steps=4, global_batch_size=4, max_steps=1, target_cur=0.2, compares_all=True,
-        method="learning-to-cache", data=str(save_images(tmp_path / "images")),
+        method="learning-to-cache", data=str(labelled_images),
         results_dir=tmp_path / "results",
     )  # fmt: skip
     trainer = Trainer(config)

@@ -16,15 +16,15 @@ def fora(num_steps: int, costs: Costs, interval: int) -> Schedule:
     return Schedule(compute, costs)
 
 
-def _reused_first(num_steps: int, costs: Costs, count: int) -> Schedule:
-    """``count`` branch outputs reused in whole steps, spread evenly; the last may be partial."""
-    branches = len(costs.names)
-    steps = -(-count // branches)
-    compute = np.ones((num_steps, branches), dtype=bool)
+def _evenly_reused(num_steps: int, costs: Costs, count: int) -> Schedule:
+    """``count`` branch outputs reused: whole steps spread evenly, the rest in one more step."""
+    steps, rest = divmod(count, len(costs.names))
+    compute = np.ones((num_steps, len(costs.names)), dtype=bool)
     # The k-th reused step ends the k-th of equal parts; the first step is never among them.
     for k in range(steps):
-        step = max(k + 1, round((k + 1) * num_steps / steps) - 1)
-        compute[step, : min(branches, count - k * branches)] = False
+        compute[max(k + 1, round((k + 1) * num_steps / steps) - 1)] = False
+    if rest:
+        compute[np.flatnonzero(compute.all(axis=1))[-1], :rest] = False
     return Schedule(compute, costs)
 
 
@@ -32,7 +32,7 @@ def evenly_spaced(num_steps: int, costs: Costs, budget: Budget) -> Schedule:
     """FORA for any budget: whole reused steps, spread evenly over the trajectory.
 
     The samplers' steps are evenly spaced in time, so these are uniform in time too. Where the
-    budget is no whole number of steps, the last of them reuses its first branches only. With half
+    budget is no whole number of steps, the last computed one reuses its first branches. With half
     the steps reused and an even T this is FORA with interval 2.
 
     Raises:
@@ -41,7 +41,7 @@ def evenly_spaced(num_steps: int, costs: Costs, budget: Budget) -> Schedule:
 
     def candidates() -> Iterator[Schedule]:
         for count in range((num_steps - 1) * len(costs.names) + 1):
-            yield _reused_first(num_steps, costs, count)
+            yield _evenly_reused(num_steps, costs, count)
 
     return budget.first(candidates())
 

@@ -41,14 +41,14 @@ def choose_instruments(
     Raises:
         HarmonicaError: something is missing or does not go together.
     """
-    is_bundled = subject.samples.size == _bundled_size(config.model)
+    is_bundled = subject.samples.size == bundled_size(config.model)
     reference = None
     if config.reference is not None or is_bundled:
         reference = open_reference(config.reference or "cifar10")
     metrics, left_out = _choose_metrics(config, subject, reference)
     extractor = None
     if metrics:
-        name = config.extractor or _suitable_extractor(reference, is_bundled)
+        name = config.extractor or suitable_extractor(reference, is_bundled)
         _check_size(name, subject, reference)
         extractor = load_extractor(name, device)
         if reference is not None:
@@ -62,7 +62,7 @@ def choose_instruments(
     return Instruments(metrics, reference, extractor, clip, lpips, left_out)
 
 
-def _bundled_size(model: str) -> tuple[int, int] | None:
+def bundled_size(model: str) -> tuple[int, int] | None:
     """Size of the images of the bundled backbone, if this is its name."""
     sizes = [size for size, source in MODELS[model].weights.items() if source == BUNDLED_WEIGHTS]
     return (sizes[0], sizes[0]) if sizes else None
@@ -95,7 +95,7 @@ def _choose_metrics(
     return allowed, lines
 
 
-def _suitable_extractor(reference: Reference | None, is_bundled: bool) -> str:
+def suitable_extractor(reference: Reference | None, is_bundled: bool) -> str:
     """The extractor that statistics were made with; else the one for images of this size."""
     if reference is not None and reference.pooled is not None:
         for kind in KINDS.values():

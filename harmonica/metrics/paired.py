@@ -8,11 +8,11 @@ from torchmetrics.image.lpip import _NoTrainLpips
 from harmonica.downloads import CACHE, verify
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_torch
+from harmonica.image_error import ImageError
 from harmonica.metrics.collect import Rows
 from harmonica.metrics.images import Batch
 from harmonica.metrics.precision import single_precision
 from harmonica.metrics.weights import METRIC_WEIGHTS
-from harmonica.report import ImageError
 
 
 class Lpips:

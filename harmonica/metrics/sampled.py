@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from harmonica.backbone import Backbone
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import Batch
 from harmonica.randomness import Draws
-from harmonica.sampling import sample
+from harmonica.sampling import eight_bit, sample
 from harmonica.schedule import Schedule
 
 
@@ -54,7 +53,7 @@ class SampledImages:
                 f"sampled image {indices[int(broken.nonzero()[0])]} ({self.name}) is not finite; "
                 "use --mixed-precision no, or check --ckpt and --cfg-scale"
             )
-        return Batch((images * 255).round().clamp(0, 255).to(torch.uint8), latents)
+        return Batch(eight_bit(images), latents)
 
     def content_hash(self) -> None:
         return None

@@ -14,6 +14,7 @@ from harmonica.metrics.distribution import (
     number_of_splits,
     precision_recall,
 )
+from harmonica.metrics.extractor import Extractor
 from harmonica.metrics.images import pixels
 from harmonica.metrics.instruments import Instruments
 from harmonica.metrics.reference import Reference
@@ -51,24 +52,33 @@ def all_scores(rows: Rows, instruments: Instruments, reference: Reference | None
     Raises:
         HarmonicaError: too few images, or a number that is none.
     """
-    scores = _set_scores(rows, instruments, reference) + _paired_scores(rows)
+    scores = set_scores(rows, instruments.metrics, instruments.extractor, reference)
+    scores += _paired_scores(rows)
     if instruments.clip is not None:
         mean = rows["clip"].double().mean().item()
         scores.append(Score(f"CLIP score ({instruments.clip.name})", mean, f"{mean:.3f}"))
     return scores
 
 
-def _name(metric: str, instruments: Instruments) -> str:
+def _name(metric: str, extractor: Extractor) -> str:
     """As reported: with the extractor in it, unless that is the usual one."""
-    return NAMES[metric] + instruments.extractor.suffix
+    return NAMES[metric] + extractor.suffix
 
 
-def _set_scores(rows: Rows, instruments: Instruments, reference: Reference | None) -> list[Score]:
+def set_scores(
+    rows: Rows, metrics: tuple[str, ...], extractor: Extractor | None, reference: Reference | None
+) -> list[Score]:
+    """Scores of a set of images, in the order of ``METRICS``.
+
+    Args:
+        rows: features of the images.
+        metrics: those wanted; none needs no extractor, and all but IS need a reference.
+    """
     scores, near = [], {}
-    if {"precision", "recall"} & set(instruments.metrics):
+    if {"precision", "recall"} & set(metrics):
         both = precision_recall(rows["pooled"], reference.features)
         near = dict(zip(("precision", "recall"), both, strict=True))
-    for metric in (metric for metric in METRICS if metric in instruments.metrics):
+    for metric in (metric for metric in METRICS if metric in metrics):
         if metric == "is":
             found = inception_score(rows["logits"])
             value, shown = found.mean, f"{found.mean:.3f} (one split)"
@@ -81,7 +91,7 @@ def _set_scores(rows: Rows, instruments: Instruments, reference: Reference | Non
             moments = Moments.of(rows[column], "the set of samples")
             value = frechet_distance(moments, getattr(reference, column))
             shown = f"{value:.4f}"
-        scores.append(Score(_name(metric, instruments), value, shown))
+        scores.append(Score(_name(metric, extractor), value, shown))
     return scores
 
 
@@ -137,7 +147,7 @@ def _count_warnings(rows: Rows, instruments: Instruments, reference: Reference |
     for metric in ("fid", "sfid"):
         if metric not in instruments.metrics:
             continue
-        name, column = _name(metric, instruments), COLUMNS[metric]
+        name, column = _name(metric, instruments.extractor), COLUMNS[metric]
         count, size = rows[column].shape
         for what, images in (
             ("samples", count),
@@ -149,7 +159,7 @@ def _count_warnings(rows: Rows, instruments: Instruments, reference: Reference |
                     "covariance is singular; use more"
                 )
     if "is" in instruments.metrics:
-        count, name = len(rows["logits"]), _name("is", instruments)
+        count, name = len(rows["logits"]), _name("is", instruments.extractor)
         size = count // number_of_splits(count)
         if count % SPLIT:
             found.append(

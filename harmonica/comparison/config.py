@@ -1,0 +1,115 @@
+"""Options and cells of a comparison."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+from harmonica.baselines import METHODS
+from harmonica.budget import Budget
+from harmonica.config import BackboneConfig, option
+from harmonica.metrics import METRICS
+
+# Methods that learn, and what sets them apart from this project's own training.
+TRAINED: dict[str, dict] = {
+    "harmonica": {},
+    "sdt-ltc-loss": {"lambda_form": "constant"},
+    "learning-to-cache": {"method": "learning-to-cache"},
+}
+ALL_METHODS = (*TRAINED, *METHODS)
+
+
+@dataclass(frozen=True)
+class CompareConfig(BackboneConfig):
+    """Comparison of methods at equal cost."""
+
+    methods: tuple[str, ...] = option(
+        ALL_METHODS, "methods to compare", choices=ALL_METHODS, many=True
+    )
+    speedups: tuple[float, ...] | None = option(
+        None, "cost levels: theoretical speed-ups; default: 1.25 1.5 2 2.5", low=1, many=True
+    )
+    curs: tuple[float, ...] | None = option(
+        None, "cost levels as shares of reuse instead", low=0, high=1, many=True
+    )
+    num_images: int = option(
+        5000,
+        "images per cell that are scored against the reference; 0: none",
+        low=0,
+        aliases=("--num-samples",),
+    )
+    num_paired: int = option(512, "seeds whose images are compared with their own", low=1)
+    exact_steps: int = option(200, "DDIM steps of the exact solution; 0: none", low=0, high=1000)
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2), "seeds of training and of random schedules", low=0, many=True
+    )
+    image_seed: int = option(
+        1_000_000, "seed of noise and labels, apart from training's", low=0, high=2**32
+    )
+    train_updates: int = option(1000, "router updates of methods that learn", low=1)
+    train_cur: float = option(
+        0.5,
+        "share of reuse they are trained at, and cut at every level; Learning-to-Cache, which can "
+        "reuse in every other step only, is trained at half of it",
+        low=0,
+        high=1,
+    )
+    reference: str | None = option(
+        None, "set of real images; default: cifar10 for the bundled backbone, else none"
+    )
+    metrics: tuple[str, ...] = option(
+        ("fid",), "scores against the reference", choices=METRICS, many=True
+    )
+    data: str | None = option(
+        None, "images for Learning-to-Cache, which is left out without: class folders, or cifar10"
+    )
+    batch_size: int = option(64, "images per forward", low=1)
+    repeats: int = option(3, "timed repetitions", low=1)
+    out: Path = option(Path("comparison"), "folder of cells, table and plot")
+    quick: bool = option(False, "a few minutes: small numbers of everything not given by a flag")
+
+    QUICK: ClassVar[dict] = {
+        "speedups": (1.5, 2.0),
+        "num_images": 256,
+        "num_paired": 16,
+        "exact_steps": 50,
+        "seeds": (0,),
+        "train_updates": 95,
+        "repeats": 1,
+    }
+    # What may change between runs into the same folder.
+    FREE: ClassVar[set[str]] = {
+        "methods", "speedups", "curs", "seeds", "data", "batch_size", "out", "quick",
+    }  # fmt: skip
+
+    def __post_init__(self):
+        if self.speedups is None and self.curs is None:
+            object.__setattr__(self, "speedups", (1.25, 1.5, 2.0, 2.5))
+
+    @property
+    def levels(self) -> list[Budget]:
+        speedups = [Budget(speedup=x) for x in self.speedups or ()]
+        return speedups + [Budget(cur=x) for x in self.curs or ()]
+
+    def of(self, cls: type[BackboneConfig], **rest) -> BackboneConfig:
+        """Another configuration of the same backbone and sampler."""
+        shared = {spec.name: getattr(self, spec.name) for spec in fields(BackboneConfig)}
+        return cls(**{**shared, **rest})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one level with one seed; no level stands for the uncached run."""
+
+    method: str
+    level: Budget | None = None
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        level = "" if self.level is None else f"_{str(self.level).removeprefix('--target-')}"
+        return f"{self.method}{level}_seed {self.seed}".replace(" ", "")
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether another seed makes another schedule."""
+        return self.method in (*TRAINED, "random")

@@ -1,0 +1,119 @@
+"""The comparison: every method on the same seeds, resumable, tabulated and drawn."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_command
+
+from harmonica.comparison.config import ALL_METHODS, Cell, CompareConfig
+from harmonica.comparison.run import Comparison
+from harmonica.comparison.table import markdown
+from harmonica.config import build_parser, resolve
+from harmonica.errors import HarmonicaError
+
+TINY = {
+    "num_sampling_steps": 4, "num_images": 6, "num_paired": 2, "exact_steps": 8, "seeds": (0, 1),
+    "train_updates": 4, "repeats": 1, "speedups": (1.5,),
+}  # fmt: skip
+
+
+def test_every_method_in_one_comparison(tmp_path, labelled_images):
+    """The quick form, smaller still, as a user runs it: table, plot, JSON."""
+    out = tmp_path / "out"
+    done = run_command(
+        "scripts/compare.py", "--quick", "--num-sampling-steps", "4", "--num-images", "150",
+        "--num-paired", "4", "--exact-steps", "8", "--train-updates", "6", "--seeds", "0", "1",
+        "--speedups", "1.5", "--data", labelled_images, "--out", out, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "comparison.json").read_text())
+    results = report["results"]
+    seen = {result["method"] for result in results}
+    # FORA has no interval near this level; whole reused steps are what --method uniform is.
+    assert seen == {"uncached", *ALL_METHODS} - {"fora"}
+    for result in results:
+        assert len(result["against_uncached"]["mse"]) == 4
+        if result["method"] != "uncached":
+            assert 1.5 * 0.85 < result["theoretical_speedup"] < 1.5 * 1.15
+            assert result["against_exact"]["mse_mean"] > 0
+    first = [result for result in results if result["seed"] == 0]
+    assert all(result["scores"]["FID-cifar"] > 0 for result in first)
+    assert all(result["measured_speedup"]["ratio"] > 0 for result in first)
+    table = (out / "table.md").read_text()
+    assert table in done.stdout and all(f"| {method} |" in table for method in seen)
+    assert report["weights_hash"] in done.stdout
+    assert (out / "pareto.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = CompareConfig(
+        **{**TINY, "num_images": 0}, methods=("harmonica", "random"),
+        out=tmp_path_factory.mktemp("comparison") / "out",
+    )  # fmt: skip
+    Comparison(config).run()
+    return config
+
+
+def test_finished_cells_are_not_computed_again(finished, monkeypatch):
+    before = (finished.out / "comparison.json").read_text()
+
+    def refuse(*arguments, **options):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr("harmonica.comparison.run.sample", refuse)
+    Comparison(finished).run()
+    assert (finished.out / "comparison.json").read_text() == before
+    # A cell that was lost is measured again.
+    (finished.out / "cells" / f"{Cell('random').key}.json").unlink(missing_ok=True)
+    next((finished.out / "cells").glob("random*_seed1.json")).unlink()
+    with pytest.raises(AssertionError, match="sampled again"):
+        Comparison(finished).run()
+
+
+def test_a_folder_holds_one_comparison(finished, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(HarmonicaError, match="num_paired 2, not 3"):
+        Comparison(replace(finished, num_paired=3)).run()
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(HarmonicaError, match="--out"):
+        Comparison(replace(finished, out=tmp_path)).run()
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_cells_of_seeds_differ_and_share_the_reference(finished):
+    report = json.loads((finished.out / "comparison.json").read_text())
+    errors = {(r["method"], r["seed"]): r["against_uncached"]["mse"] for r in report["results"]}
+    assert errors["uncached", 0] == [0, 0]
+    assert errors["random", 0] != errors["random", 1]
+    assert errors["harmonica", 0] != errors["harmonica", 1]
+    # Only the first seed is timed and scored.
+    timed = [(r["method"], r["seed"]) for r in report["results"] if "measured_speedup" in r]
+    assert sorted(timed) == [("harmonica", 0), ("random", 0), ("uncached", 0)]
+
+
+def test_a_line_of_the_table_is_the_mean_over_seeds(finished):
+    results = json.loads((finished.out / "comparison.json").read_text())["results"]
+    means = [r["against_uncached"]["mse_mean"] for r in results if r["method"] == "random"]
+    line = next(x for x in markdown(results).splitlines() if x.startswith("| random"))
+    assert f"{sum(means) / 2:.5f} ({min(means):.5f} to {max(means):.5f})" in line
+
+
+def test_the_exact_solution_is_reached_with_more_steps(finished):
+    results = json.loads((finished.out / "comparison.json").read_text())["results"]
+    assert results[0]["method"] == "uncached"
+    assert results[0]["against_exact"]["mse_mean"] > 0
+    assert torch.isfinite(torch.tensor(results[0]["against_exact"]["mse"])).all()
+
+
+def test_quick_gives_way_to_flags_and_presets_to_quick():
+    parser = build_parser(CompareConfig, "")
+    preset = str(ROOT / "configs" / "compare_demo.yaml")
+    config = resolve(
+        CompareConfig, parser.parse_args(["--config", preset, "--quick", "--num-paired", "3"])
+    )
+    assert config.num_paired == 3
+    assert config.num_images == CompareConfig.QUICK["num_images"]
+    assert config.mixed_precision == "bf16"
