@@ -2,15 +2,10 @@
 
 from pathlib import Path
 
-from harmonica.config import (
-    CommandParser,
-    EvaluateConfig,
-    SampleConfig,
-    TrainConfig,
-    parse,
-)
+from harmonica.config import EvaluateConfig, SampleConfig, TrainConfig
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.metrics.weights import METRIC_WEIGHTS
+from harmonica.options import CommandParser, parse
 from models import MODELS, WeightSource
 
 

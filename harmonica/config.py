@@ -1,19 +1,8 @@
-"""Configuration: frozen dataclasses hold every default; a preset, then flags, override them.
+"""What runs are configured by: every default stands here, once."""
 
-A field is a flag: ``num_sampling_steps`` is ``--num-sampling-steps``. ``aliases`` keep the flags
-of the published scripts working. Unknown keys are errors.
-"""
-
-import argparse
-import contextlib
-import math
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, TypeVar, get_args
-
-import yaml
+from typing import Any, ClassVar
 
 from harmonica.budget import Budget
 from harmonica.cache import MASKS
@@ -21,18 +10,13 @@ from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
 from harmonica.metrics import EXTRACTORS, METRICS
 from harmonica.objective import ESTIMATORS, FORMS
+from harmonica.options import Options, flag_of, option
 from harmonica.router import SEMANTICS, load_router
 from harmonica.samplers import SAMPLERS
 from models import MODELS
 
 # Three ways to say how much to reuse, of which one counts.
 BUDGETS = ("l1", "target_cur", "target_speedup")
-# A flag of a group replaces what a preset says of it, and of what follows from it by default.
-REPLACED_BY_FLAG = (
-    (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
-    (("epochs", "max_steps"), ("epochs", "max_steps")),
-    (("global_batch_size",), ("lambda_batch_size",)),
-)
 # What sampling takes over from a router file unless a flag says otherwise.
 SHARED_WITH_ROUTER = ("model", "image_size", "num_classes", "sampler", "eta", "cfg_scale")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -48,23 +32,26 @@ METHODS = (
 )
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    aliases: tuple[str, ...] = (),
-    choices: tuple[str, ...] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    many: bool = False,
-) -> Any:
-    """A dataclass field with its flag: help, further names, and the values it may take."""
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "low": low, "high": high}
-    return field(default=default, metadata={**metadata, "many": many})
+def budget_of(config: "TrainConfig | SampleConfig") -> Budget | None:
+    """The budget that the target flags say, of which one counts; None without any."""
+    if config.target_cur is not None:
+        return Budget(cur=config.target_cur)
+    return None if config.target_speedup is None else Budget(speedup=config.target_speedup)
+
+
+def check_one_budget(config: "TrainConfig | SampleConfig") -> None:
+    """Refuse several budgets.
+
+    Raises:
+        HarmonicaError: there are.
+    """
+    given = [flag_of(name) for name in BUDGETS if getattr(config, name, None) is not None]
+    if len(given) > 1:
+        raise HarmonicaError(f"{' and '.join(given)} exclude each other; pass one")
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Options):
     """The model that is made faster, and how it is sampled."""
 
     model: str = option("DiT-Ti/4", "model of the zoo")
@@ -85,10 +72,48 @@ class BackboneConfig:
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
 
+    def check(self) -> None:
+        """Refuse values that cannot work, naming the flag and the remedy."""
+        if self.model not in MODELS:
+            raise HarmonicaError(
+                f"--model {self.model} is unknown; use one of {', '.join(sorted(MODELS))}"
+            )
+        super().check()
+        factor = MODELS[self.model].latent_factor
+        if self.image_size is not None and self.image_size % factor:
+            raise HarmonicaError(
+                f"--image-size {self.image_size} is not divisible by the latent factor {factor}; "
+                f"use {max(1, self.image_size // factor) * factor}"
+            )
+        patch = MODELS[self.model].config.patch_size
+        if self.image_size is not None and self.image_size // factor % patch:
+            raise HarmonicaError(
+                f"--image-size {self.image_size} gives a latent of {self.image_size // factor}, "
+                f"which the patches of {self.model} do not tile; use a multiple of {factor * patch}"
+            )
+
+    @classmethod
+    def known_from_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What the router file that is replayed says of model and sampler, if it is there."""
+        path = values.get("path")
+        if path is None or not path.exists() or path.suffix == ".json":
+            return {}
+        router = load_router(path)
+        known = {name: getattr(router.info, name) for name in SHARED_WITH_ROUTER}
+        known["num_sampling_steps"] = len(router.logits)
+        return {name: value for name, value in known.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class TrainConfig(BackboneConfig):
     """Router training."""
+
+    # A flag of a group replaces what a preset says of it, and of what follows from it by default.
+    REPLACED_BY_FLAG: ClassVar = (
+        (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
+        (("epochs", "max_steps"), ("epochs", "max_steps")),
+        (("global_batch_size",), ("lambda_batch_size",)),
+    )
 
     method: str = option(
         "harmonica",
@@ -186,6 +211,23 @@ class TrainConfig(BackboneConfig):
         """What beta is steered to; None if it is set by hand."""
         return budget_of(self)
 
+    def check(self) -> None:
+        """Also: one budget, and images where they are needed and only there."""
+        super().check()
+        check_one_budget(self)
+        if self.method == "learning-to-cache":
+            if self.data is None:
+                raise HarmonicaError(
+                    "--method learning-to-cache learns from images; name them with --data"
+                )
+            if self.lambda_form != "constant":
+                raise HarmonicaError(
+                    f"--lambda-form {self.lambda_form} weighs whole trajectories, which --method "
+                    "learning-to-cache does not see; drop one"
+                )
+        elif self.data is not None:
+            raise HarmonicaError("--data is for --method learning-to-cache; drop it")
+
 
 @dataclass(frozen=True)
 class SampleConfig(BackboneConfig):
@@ -235,6 +277,28 @@ class SampleConfig(BackboneConfig):
     def budget(self) -> Budget | None:
         """What ``method`` is to reuse."""
         return budget_of(self)
+
+    def check(self) -> None:
+        """Also: a router or a method with its budget, and nothing that neither of them reads."""
+        super().check()
+        check_one_budget(self)
+        if self.path is not None and self.method is not None:
+            raise HarmonicaError("--path and --method exclude each other; pass one")
+        if self.method is not None and self.budget is None:
+            raise HarmonicaError(
+                f"--method {self.method} needs a cost; add --target-speedup or --target-cur"
+            )
+        if self.method is None and self.budget is not None:
+            raise HarmonicaError(f"{self.budget} is for a --method; name one")
+        if self.path is None:
+            if self.accelerate_method is not None or self.threshold is not None:
+                raise HarmonicaError(
+                    "--threshold and --accelerate-method replay a router; name it with --path"
+                )
+            if self.semantics != "harmonica":
+                raise HarmonicaError("--semantics reads a router; name it with --path")
+            if self.compare and self.method is None:
+                raise HarmonicaError("--compare needs a router or a method; add --path or --method")
 
 
 @dataclass(frozen=True)
@@ -296,243 +360,3 @@ class EvaluateConfig(BackboneConfig):
         """Fill in what follows from other fields, so that a run records what it did."""
         if self.samples is None and self.num_images is None:
             object.__setattr__(self, "num_images", 5000)
-
-
-Config = TypeVar("Config", bound=BackboneConfig)
-
-
-def budget_of(config: TrainConfig | SampleConfig) -> Budget | None:
-    """The budget that the target flags say, of which one counts; None without any."""
-    if config.target_cur is not None:
-        return Budget(cur=config.target_cur)
-    return None if config.target_speedup is None else Budget(speedup=config.target_speedup)
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _types_of(spec: Any) -> tuple[type, ...]:
-    """The types of a field, None left out."""
-    kinds = get_args(spec.type) if isinstance(spec.type, UnionType) else (spec.type,)
-    return tuple(kind for kind in kinds if kind is not type(None))
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser that refuses in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise HarmonicaError(f"{message}; see --help")
-
-
-def build_parser(cls: type[BackboneConfig], description: str) -> CommandParser:
-    """A parser with one flag per field and no default of its own."""
-    parser = CommandParser(
-        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    parser.add_argument("--config", type=Path, help="YAML preset; flags override it")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and stop"
-    )
-    for spec in fields(cls):
-        names = (flag_of(spec.name), *spec.metadata["aliases"])
-        kind = _types_of(spec)[0]
-        shown = spec.metadata["help"]
-        if spec.default not in (None, False):
-            shown += f" (default: {spec.default})"
-        if kind is bool:
-            parser.add_argument(
-                *names, dest=spec.name, action=argparse.BooleanOptionalAction, help=shown
-            )
-        elif spec.metadata["many"]:
-            item = get_args(kind)[0]
-            parser.add_argument(*names, dest=spec.name, type=item, nargs="+", help=shown)
-        else:
-            parser.add_argument(*names, dest=spec.name, type=kind, help=shown)
-    return parser
-
-
-def _from_yaml(spec: Any, value: Any, path: Path) -> Any:
-    """A preset's value in the type of its field."""
-    kind = _types_of(spec)[0]
-    if value is None and type(None) in get_args(spec.type):
-        return None
-    if spec.metadata["many"] and isinstance(value, list) and value:
-        item = get_args(kind)[0]
-        return tuple(_scalar_from_yaml(spec.name, item, element, path) for element in value)
-    return _scalar_from_yaml(spec.name, kind, value, path)
-
-
-def _scalar_from_yaml(name: str, kind: type, value: Any, path: Path) -> Any:
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 7e-8 as a string
-        with contextlib.suppress(ValueError):
-            return float(value)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind in (int, bool, str) and type(value) is kind:
-        return value
-    wanted = getattr(kind, "__name__", "list") if kind in (int, float, bool, str, Path) else "list"
-    raise HarmonicaError(
-        f"--config {path}: {name} = {value!r} is not a {wanted} to be used; correct the preset"
-    )
-
-
-def read_preset(cls: type[Config], path: Path) -> dict[str, Any]:
-    """The fields that a YAML preset sets.
-
-    Raises:
-        HarmonicaError: unreadable, unknown keys, or values of the wrong type.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).split("\n")[0]
-        raise HarmonicaError(f"--config {path} cannot be read ({reason}); check the file") from None
-    if not isinstance(content, dict):
-        raise HarmonicaError(f"--config {path} is not a mapping of options; check the file")
-    known = {spec.name: spec for spec in fields(cls)}
-    unknown = sorted(str(key) for key in content if key not in known)
-    if unknown:
-        raise HarmonicaError(
-            f"--config {path} sets {', '.join(unknown)}, which this command does not know; "
-            "remove it or correct its spelling"
-        )
-    return {key: _from_yaml(known[key], value, path) for key, value in content.items()}
-
-
-def _validate_number(flag: str, value: Any, low: float | None, high: float | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if not math.isfinite(value):
-        raise HarmonicaError(f"{flag} {value} is not a finite number; pass one")
-    if (low is not None and value < low) or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise HarmonicaError(f"{flag} {value} is out of range; use a value {allowed}")
-
-
-def _validate_way_of_training(config: TrainConfig) -> None:
-    """Images where they are needed, and only there."""
-    if config.method == "learning-to-cache":
-        if config.data is None:
-            raise HarmonicaError(
-                "--method learning-to-cache learns from images; name them with --data"
-            )
-        if config.lambda_form != "constant":
-            raise HarmonicaError(
-                f"--lambda-form {config.lambda_form} weighs whole trajectories, which --method "
-                "learning-to-cache does not see; drop one"
-            )
-    elif config.data is not None:
-        raise HarmonicaError("--data is for --method learning-to-cache; drop it")
-
-
-def _validate_way_of_sampling(config: SampleConfig) -> None:
-    """A router or a method with its budget, and nothing that neither of them reads."""
-    if config.path is not None and config.method is not None:
-        raise HarmonicaError("--path and --method exclude each other; pass one")
-    if config.method is not None and config.budget is None:
-        raise HarmonicaError(
-            f"--method {config.method} needs a cost; add --target-speedup or --target-cur"
-        )
-    if config.method is None and config.budget is not None:
-        raise HarmonicaError(f"{config.budget} is for a --method; name one")
-    if config.path is None:
-        if config.accelerate_method is not None or config.threshold is not None:
-            raise HarmonicaError(
-                "--threshold and --accelerate-method replay a router; name it with --path"
-            )
-        if config.semantics != "harmonica":
-            raise HarmonicaError("--semantics reads a router; name it with --path")
-        if config.compare and config.method is None:
-            raise HarmonicaError("--compare needs a router or a method; add --path or --method")
-
-
-def validate(config: BackboneConfig) -> None:
-    """Refuse values that cannot work, naming the flag and the remedy."""
-    if config.model not in MODELS:
-        raise HarmonicaError(
-            f"--model {config.model} is unknown; use one of {', '.join(sorted(MODELS))}"
-        )
-    for spec in fields(config):
-        value, flag, rule = getattr(config, spec.name), flag_of(spec.name), spec.metadata
-        for item in value if isinstance(value, tuple) else (value,):
-            if rule["choices"] and item is not None and item not in rule["choices"]:
-                raise HarmonicaError(
-                    f"{flag} {item} is unknown; use one of {', '.join(rule['choices'])}"
-                )
-            _validate_number(flag, item, rule["low"], rule["high"])
-    budgets = [flag_of(name) for name in BUDGETS if getattr(config, name, None) is not None]
-    if len(budgets) > 1:
-        raise HarmonicaError(f"{' and '.join(budgets)} exclude each other; pass one")
-    if isinstance(config, TrainConfig):
-        _validate_way_of_training(config)
-    if isinstance(config, SampleConfig):
-        _validate_way_of_sampling(config)
-    factor = MODELS[config.model].latent_factor
-    if config.image_size is not None and config.image_size % factor:
-        raise HarmonicaError(
-            f"--image-size {config.image_size} is not divisible by the latent factor {factor}; "
-            f"use {max(1, config.image_size // factor) * factor}"
-        )
-    patch = MODELS[config.model].config.patch_size
-    if config.image_size is not None and config.image_size // factor % patch:
-        raise HarmonicaError(
-            f"--image-size {config.image_size} gives a latent of {config.image_size // factor}, "
-            f"which the patches of {config.model} do not tile; use a multiple of {factor * patch}"
-        )
-
-
-def _known_to_router(cls: type[BackboneConfig], values: dict[str, Any]) -> dict[str, Any]:
-    """What the router file that is replayed says of model and sampler, if it is there."""
-    path = values.get("path")
-    if path is None or not path.exists() or path.suffix == ".json":
-        return {}
-    router = load_router(path)
-    known = {name: getattr(router.info, name) for name in SHARED_WITH_ROUTER}
-    known["num_sampling_steps"] = len(router.logits)
-    return {name: value for name, value in known.items() if value is not None}
-
-
-def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
-    """Defaults, then the preset, then the flags; validated."""
-    given = dict(vars(arguments))
-    given.pop("dry_run", None)
-    preset = given.pop("config", None)
-    values = read_preset(cls, preset) if preset is not None else {}
-    if given.get("quick"):
-        values.update(cls.QUICK)
-    for flags, replaced in REPLACED_BY_FLAG:
-        if given.keys() & set(flags):
-            values = {name: value for name, value in values.items() if name not in replaced}
-    values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    config = cls(**{**_known_to_router(cls, values), **values})
-    validate(config)
-    return config
-
-
-def parse(cls: type[Config], description: str) -> Config:
-    """The configuration of a command line; ``--dry-run`` prints it and ends the program."""
-    arguments = build_parser(cls, description).parse_args()
-    config = resolve(cls, arguments)
-    if getattr(arguments, "dry_run", False):
-        print(to_yaml(config), end="")
-        sys.exit(0)
-    return config
-
-
-def plain(config: BackboneConfig) -> dict[str, Any]:
-    """The configuration as strings, numbers and lists, for YAML, JSON and trackers."""
-    values = {}
-    for spec in fields(config):
-        value = getattr(config, spec.name)
-        if isinstance(value, tuple):
-            value = [str(item) if isinstance(item, Path) else item for item in value]
-        values[spec.name] = str(value) if isinstance(value, Path) else value
-    return values
-
-
-def to_yaml(config: BackboneConfig) -> str:
-    """The configuration as a preset that gives it back."""
-    return yaml.safe_dump(plain(config), sort_keys=False)

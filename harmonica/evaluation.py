@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 
 from harmonica import __version__
-from harmonica.config import EvaluateConfig, plain
+from harmonica.config import EvaluateConfig
 from harmonica.files import write_atomically
 from harmonica.metrics.collect import Rows, collect
 from harmonica.metrics.images import pixels
@@ -15,6 +15,7 @@ from harmonica.metrics.instruments import Instruments, choose_instruments
 from harmonica.metrics.paired import paired_rows
 from harmonica.metrics.scores import COLUMNS, PAIRED, all_scores, warnings_about
 from harmonica.metrics.subject import Subject, open_subject
+from harmonica.options import plain
 from harmonica.report import check_output
 from harmonica.run_directory import commit
 

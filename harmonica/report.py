@@ -13,10 +13,11 @@ from torchvision.transforms.functional import to_pil_image
 
 from harmonica.backbone import Backbone, load_backbone, load_decoder
 from harmonica.baselines import METHODS, Plan
-from harmonica.config import SampleConfig, plain
+from harmonica.config import SampleConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, write_atomically
 from harmonica.image_error import ImageError
+from harmonica.options import plain
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.router import load_router

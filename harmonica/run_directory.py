@@ -6,9 +6,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmonica.config import BackboneConfig, to_yaml
+from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
+from harmonica.options import to_yaml
 
 _NAME = re.compile(r"\d{3,}-")
 

@@ -12,12 +12,13 @@ from tqdm import tqdm
 from harmonica.backbone import load_backbone, load_decoder, load_encoder
 from harmonica.baselines.learning_to_cache import LearningToCache
 from harmonica.cache import Masking
-from harmonica.config import TrainConfig, plain
+from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
 from harmonica.labelled_images import LabelledImages
 from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
+from harmonica.options import plain
 from harmonica.plots import comparison, lambda_curve, router_heatmap
 from harmonica.randomness import Draws
 from harmonica.router import (

@@ -11,8 +11,9 @@ import time
 
 import torch
 
-from harmonica.config import TrainConfig, parse
+from harmonica.config import TrainConfig
 from harmonica.errors import run_command
+from harmonica.options import parse
 from harmonica.trainer import Trainer
 
 TRAJECTORIES = 6

@@ -7,8 +7,8 @@ Finished cells are kept in ``--out`` and not computed again; ``--quick`` takes a
 
 from harmonica.comparison.config import CompareConfig
 from harmonica.comparison.run import Comparison
-from harmonica.config import parse
 from harmonica.errors import run_command
+from harmonica.options import parse
 
 
 @run_command

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from harmonica.config import CommandParser
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.flops import Costs, measure_costs
+from harmonica.options import CommandParser
 from harmonica.plots import router_heatmap
 from harmonica.router import SEMANTICS, RouterFile, load_router
 from models import MODELS, create_model

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from harmonica.backbone import load_backbone, load_weights
-from harmonica.config import BackboneConfig, CommandParser, flag_of
+from harmonica.config import BackboneConfig
 from harmonica.diffusion import TRAIN_STEPS, Diffusion, linear_betas
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import existing_file, write_atomically, write_torch
 from harmonica.labelled_images import load_labelled_images
+from harmonica.options import CommandParser, flag_of
 from harmonica.plots import image_grid
 from harmonica.randomness import Draws
 from harmonica.sampling import sample

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from harmonica.config import CommandParser, flag_of
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import sha256, write_atomically, write_torch
 from harmonica.labelled_images import load_labelled_images
@@ -40,6 +39,7 @@ from harmonica.metrics.classifier import (
 from harmonica.metrics.collect import Rows, collect
 from harmonica.metrics.reference import save_reference
 from harmonica.metrics.weights import CLASSIFIER, REFERENCES
+from harmonica.options import CommandParser, flag_of
 
 MARGIN = 4
 LOG_EVERY = 50

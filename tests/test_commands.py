@@ -10,13 +10,8 @@ import yaml
 from conftest import ROOT, run_command
 from PIL import Image
 
-from harmonica.config import (
-    EvaluateConfig,
-    SampleConfig,
-    TrainConfig,
-    build_parser,
-    resolve,
-)
+from harmonica.config import EvaluateConfig, SampleConfig, TrainConfig
+from harmonica.options import build_parser, resolve
 from harmonica.router import RouterFile, RouterInfo, load_router, save_router
 from harmonica.schedule import Schedule
 

@@ -9,8 +9,8 @@ from conftest import ROOT, run_command
 from harmonica.comparison.config import ALL_METHODS, Cell, CompareConfig
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown
-from harmonica.config import build_parser, resolve
 from harmonica.errors import HarmonicaError
+from harmonica.options import build_parser, resolve
 
 TINY = {
     "num_sampling_steps": 4, "num_images": 6, "num_paired": 2, "exact_steps": 8, "seeds": (0, 1),
@@ -115,5 +115,5 @@ def test_quick_gives_way_to_flags_and_presets_to_quick():
         CompareConfig, parser.parse_args(["--config", preset, "--quick", "--num-paired", "3"])
     )
     assert config.num_paired == 3
-    assert config.num_images == CompareConfig.QUICK["num_images"]
+    assert config.num_images == CompareConfig.SMALL["num_images"]
     assert config.mixed_precision == "bf16"

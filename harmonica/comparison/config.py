@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from harmonica.baselines import METHODS
 from harmonica.budget import Budget
-from harmonica.config import BackboneConfig, option
+from harmonica.config import BackboneConfig
 from harmonica.metrics import METRICS
+from harmonica.options import option
 
 # Methods that learn, and what sets them apart from this project's own training.
 TRAINED: dict[str, dict] = {
@@ -67,7 +68,7 @@ class CompareConfig(BackboneConfig):
     out: Path = option(Path("comparison"), "folder of cells, table and plot")
     quick: bool = option(False, "a few minutes: small numbers of everything not given by a flag")
 
-    QUICK: ClassVar[dict] = {
+    SMALL: ClassVar[dict] = {
         "speedups": (1.5, 2.0),
         "num_images": 256,
         "num_paired": 16,

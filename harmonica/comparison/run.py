@@ -15,7 +15,7 @@ from harmonica.baselines import METHODS, Plan
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.comparison.config import TRAINED, Cell, CompareConfig
 from harmonica.comparison.table import markdown
-from harmonica.config import TrainConfig, plain, to_yaml
+from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, read_safetensors, write_atomically
 from harmonica.image_error import ImageError
@@ -23,6 +23,7 @@ from harmonica.metrics.extractor import Extractor, load_extractor
 from harmonica.metrics.instruments import bundled_size, suitable_extractor
 from harmonica.metrics.reference import Reference, open_reference
 from harmonica.metrics.scores import set_scores
+from harmonica.options import plain, to_yaml
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
 from harmonica.report import select_device

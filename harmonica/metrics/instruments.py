@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from harmonica.config import EvaluateConfig, flag_of
+from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.metrics import NAMES
 from harmonica.metrics.clip import ClipScore, read_prompts
@@ -13,6 +13,7 @@ from harmonica.metrics.images import pixels
 from harmonica.metrics.paired import Lpips, load_lpips, lpips_left_out
 from harmonica.metrics.reference import Reference, open_reference
 from harmonica.metrics.subject import Subject
+from harmonica.options import flag_of
 from models import BUNDLED_WEIGHTS, MODELS
 
 
