@@ -1,13 +1,16 @@
 """The only denoising loop, and the only classifier-free guidance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from harmonica.samplers import Sampler, State
 from models.branch import Branch
+from models.dit import Conditioning
 
 
 @dataclass(frozen=True)
@@ -27,46 +30,42 @@ class Guidance:
         return 1 if self.scale == 1.0 else 2
 
 
-def evaluate(
-    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, branches: Sequence[Branch] | None = None
-) -> Tensor:
-    """One model evaluation in the precision of its weights, float32 in and out.
+def precision_of(model: nn.Module) -> torch.dtype:
+    """Precision of the weights, which is that of the matrix products."""
+    return next(part.weight.dtype for part in model.modules() if isinstance(part, nn.Linear))
 
-    In half precision the matrix products alone are: what they add up to, the residual stream,
-    stays float32, without which images drift.
+
+def in_precision_of(model: nn.Module) -> AbstractContextManager[None]:
+    """Matrix products in the precision of the model's weights.
+
+    What they add up to, the residual stream, stays float32, without which images drift.
     """
-    dtype = next(part.weight.dtype for part in model.modules() if isinstance(part, nn.Linear))
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        return model(x, t, y, branches).float()
+    dtype = precision_of(model)
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
-def guided(
-    model: nn.Module,
-    x: Tensor,
-    t: float,
-    y: Tensor,
-    guidance: Guidance,
-    branches: Sequence[Branch] | None = None,
-) -> Tensor:
-    """One guided model evaluation.
+def with_null(y: Tensor, model: nn.Module, guidance: Guidance) -> Tensor:
+    """Labels (n,) of the model's rows (n * halves,): the unconditional half last."""
+    if guidance.halves == 1:
+        return y
+    return torch.cat([y, torch.full_like(y, model.config.num_classes)])
+
+
+def guide(output: Tensor, channels: int, guidance: Guidance) -> Tensor:
+    """Guided noise in the place of both halves' own.
 
     Args:
-        x: (n, C, H, W) latents.
-        t: timestep, the same for all.
-        y: (n,) labels.
-        branches: one per branch of the model, None to compute everything.
+        output: (n * halves, C or 2C, H, W), the unconditional half last.
+        channels: C.
 
     Returns:
-        (n * halves, C or 2C, H, W) float32. The first n rows are what a sampler uses. The guided
-        noise is the same in both halves; channels that are not guided, the learned variance
-        among them, are each half's own.
+        Of the same shape. The first n rows are what a sampler uses. Channels that are not guided,
+        the learned variance among them, are each half's own.
     """
-    time = torch.full((len(x) * guidance.halves,), float(t), device=x.device)
     if guidance.halves == 1:
-        return evaluate(model, x, time, y, branches)
-    null = torch.full_like(y, model.config.num_classes)
-    output = evaluate(model, torch.cat([x, x]), time, torch.cat([y, null]), branches)
-    k = x.shape[1] if guidance.channels is None else min(guidance.channels, x.shape[1])
+        return output
+    k = channels if guidance.channels is None else min(guidance.channels, channels)
     conditional, unconditional = output[:, :k].chunk(2)
     noise = unconditional + guidance.scale * (conditional - unconditional)
     return torch.cat([torch.cat([noise, noise]), output[:, k:]], dim=1)
@@ -119,9 +118,29 @@ class Trajectories:
     def num_steps(self) -> int:
         return len(self.sampler.timesteps)
 
+    @cached_property
+    def conditioning(self) -> tuple[Conditioning, ...]:
+        """Of every evaluation, in one pass: it does not depend on x."""
+        y = with_null(self.y, self.model, self.guidance)
+        t = torch.tensor(self.sampler.timesteps, dtype=torch.float32, device=y.device)
+        with in_precision_of(self.model):
+            every = self.model.condition(t.repeat_interleave(len(y)), y.repeat(len(t)))
+        return tuple(every.rows(slice(s * len(y), (s + 1) * len(y))) for s in range(len(t)))
+
+    def evaluate(
+        self, forward: Callable[[Tensor, Conditioning], Tensor], s: int, x: Tensor
+    ) -> Tensor:
+        """Guided output at evaluation s of some way to run the model on rows of x."""
+        rows = torch.cat([x] * self.guidance.halves)
+        with in_precision_of(self.model):
+            output = forward(rows, self.conditioning[s]).float()
+        return guide(output, x.shape[1], self.guidance)
+
     def predict(self, s: int, x: Tensor, branches: list[Branch] | None = None) -> Tensor:
-        """Guided model output at evaluation s, (n * halves, C or 2C, H, W)."""
-        return guided(self.model, x, self.sampler.timesteps[s], self.y, self.guidance, branches)
+        """Guided model output at evaluation s, (n * halves, C or 2C, H, W) float32."""
+        return self.evaluate(
+            lambda rows, conditioning: self.model.evaluate(rows, conditioning, branches), s, x
+        )
 
     def walk(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from timm.layers import Attention, Mlp, PatchEmbed
@@ -12,6 +13,7 @@ from models.branch import Branch, compute
 from models.layers import (
     FinalLayer,
     LabelEmbedder,
+    Modulation,
     TimestepEmbedder,
     modulate,
     sincos_position_embedding,
@@ -64,15 +66,35 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(d, int(d * config.mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
-    def forward(self, x: Tensor, c: Tensor, attn: Branch, mlp: Branch) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
-        x = x + gate_a.unsqueeze(1) * attn(
-            lambda h: self.attn(modulate(self.norm1(h), shift_a, scale_a)), x
-        )
-        x = x + gate_m.unsqueeze(1) * mlp(
-            lambda h: self.mlp(modulate(self.norm2(h), shift_m, scale_m)), x
-        )
+    def modulations(self, c: Tensor) -> tuple[Modulation, Modulation]:
+        """For attention and MLP, from a condition (B, d)."""
+        parts = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def forward(
+        self, x: Tensor, modulations: tuple[Modulation, Modulation], attn: Branch, mlp: Branch
+    ) -> Tensor:
+        a, m = modulations
+        x = x + a.gate * attn(lambda h: self.attn(modulate(self.norm1(h), a.shift, a.scale)), x)
+        x = x + m.gate * mlp(lambda h: self.mlp(modulate(self.norm2(h), m.shift, m.scale)), x)
         return x
+
+
+class Conditioning(NamedTuple):
+    """Everything in a forward that does not depend on x: of every block, and of the final layer."""
+
+    blocks: tuple[tuple[Modulation, Modulation], ...]
+    final: tuple[Tensor, Tensor]
+
+    def rows(self, part: slice) -> "Conditioning":
+        """Of some rows of the batch."""
+        return Conditioning(
+            tuple(
+                tuple(Modulation(*(value[part] for value in modulation)) for modulation in block)
+                for block in self.blocks
+            ),
+            tuple(value[part] for value in self.final),
+        )
 
 
 class DiT(nn.Module):
@@ -124,6 +146,34 @@ class DiT(nn.Module):
         patches = patches.reshape(-1, grid, grid, p, p, channels)
         return torch.einsum("bhwpqc->bchpwq", patches).reshape(-1, channels, grid * p, grid * p)
 
+    def condition(self, t: Tensor, y: Tensor) -> Conditioning:
+        """Modulations for timesteps (B,) on the training scale and labels (B,)."""
+        c = self.t_embedder(t) + self.y_embedder(y)
+        blocks = tuple(block.modulations(c) for block in self.blocks)
+        return Conditioning(blocks, self.final_layer.modulation(c))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latents (B, C, H, W) to tokens (B, L, d)."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def head(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """Tokens (B, L, d) to the output (B, out_channels, H, W)."""
+        return self.unpatchify(self.final_layer(x, *conditioning.final))
+
+    def evaluate(
+        self, x: Tensor, conditioning: Conditioning, branches: Sequence[Branch] | None = None
+    ) -> Tensor:
+        """One model evaluation where the conditioning is known already; see ``forward``."""
+        if branches is None:
+            branches = [compute] * len(self.branch_names)
+        x = self.embed(x)
+        pairs = zip(branches[::2], branches[1::2], strict=True)
+        for block, modulations, (attn, mlp) in zip(
+            self.blocks, conditioning.blocks, pairs, strict=True
+        ):
+            x = block(x, modulations, attn, mlp)
+        return self.head(x, conditioning)
+
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, branches: Sequence[Branch] | None = None
     ) -> Tensor:
@@ -138,13 +188,7 @@ class DiT(nn.Module):
         Returns:
             (B, out_channels, H, W): noise and, with ``learn_sigma``, the variance channels.
         """
-        if branches is None:
-            branches = [compute] * len(self.branch_names)
-        c = self.t_embedder(t) + self.y_embedder(y)
-        x = self.x_embedder(x) + self.pos_embed
-        for block, attn, mlp in zip(self.blocks, branches[::2], branches[1::2], strict=True):
-            x = block(x, c, attn, mlp)
-        return self.unpatchify(self.final_layer(x, c))
+        return self.evaluate(x, self.condition(t, y), branches)
 
 
 def from_diffusers(state: dict[str, Tensor], pos_embed: Tensor) -> dict[str, Tensor]:

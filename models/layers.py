@@ -1,14 +1,23 @@
 """Embeddings, modulation and the final layer, under the parameter names of the published DiT."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class Modulation(NamedTuple):
+    """What the condition does to one residual update, (B, 1, d) each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN modulation: x (B, L, d), shift and scale (B, d)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """adaLN modulation: x (B, L, d), shift and scale (B, 1, d)."""
+    return x * (1 + scale) + shift
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -79,6 +88,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def modulation(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale (B, 1, d) for a condition (B, d)."""
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return shift, scale
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return self.linear(modulate(self.norm_final(x), shift, scale))

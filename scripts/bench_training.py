@@ -45,7 +45,7 @@ def measure(trainer: Trainer) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     calls: list[int] = []
-    hook = trainer.backbone.model.register_forward_hook(lambda *_: calls.append(1))
+    hook = trainer.backbone.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     trainer.refresh_weights()
     hook.remove()
     ratios, per_update = [], []

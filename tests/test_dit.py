@@ -1,12 +1,13 @@
 """The DiT zoo against the published names, shapes and numbers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GOLDEN, Golden, relative
 
-from harmonica.denoise import Guidance, guided
+from harmonica.denoise import Guidance
 from models import MODELS, create_model
 from models.dit import DiT, DiTConfig, from_diffusers
 
@@ -31,17 +32,22 @@ def test_every_model_of_the_zoo_runs(name):
     assert noise.shape == (2, 2, side, side)
 
 
+def guided(golden: Golden, time: float, guidance: Guidance) -> torch.Tensor:
+    """One guided evaluation of the recorded x_T and labels."""
+    batch = golden.trajectories(SimpleNamespace(timesteps=(time,)), guidance=guidance)
+    return batch.predict(0, batch.x_T)
+
+
 def test_guided_forward_equals_the_published_one(golden: Golden):
-    x, y = golden.arrays["x_T"], golden.arrays["class_labels"]
     time = float(golden.arrays["plain/t"])
-    out = guided(golden.model, x, time, y, Guidance(golden.hparams["cfg_scale"]))
+    out = guided(golden, time, Guidance(golden.hparams["cfg_scale"]))
     assert relative(out, golden.arrays["plain/out"]) < 1e-5
 
 
 def test_guidance_can_cover_every_channel(golden: Golden):
     x, y = golden.arrays["x_T"], golden.arrays["class_labels"]
     channels = x.shape[1]
-    out = guided(golden.model, x, 500, y, Guidance(4.0, channels=None))
+    out = guided(golden, 500.0, Guidance(4.0, channels=None))
     null = torch.full_like(y, golden.model.config.num_classes)
     time = torch.full((len(x),), 500.0)
     cond, uncond = golden.model(x, time, y), golden.model(x, time, null)
@@ -52,7 +58,7 @@ def test_guidance_can_cover_every_channel(golden: Golden):
 
 def test_scale_one_runs_no_unconditional_half(golden: Golden):
     x, y = golden.arrays["x_T"], golden.arrays["class_labels"]
-    out = guided(golden.model, x, 500, y, Guidance(1.0))
+    out = guided(golden, 500.0, Guidance(1.0))
     assert torch.equal(out, golden.model(x, torch.full((len(x),), 500.0), y))
 
 

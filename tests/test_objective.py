@@ -76,13 +76,13 @@ def test_shared_prefixes_change_nothing(golden: Golden, sampler):
 
 @pytest.mark.parametrize("estimator", [leave_one_out, cumulative])
 def test_a_refresh_stays_within_its_model_evaluations(golden: Golden, estimator, monkeypatch):
-    subject, calls, forward = student(golden), [], type(golden.model).forward
+    subject, calls, forward = student(golden), [], type(golden.model).evaluate
 
     def counted(*arguments):
         calls.append(1)
         return forward(*arguments)
 
-    monkeypatch.setattr(type(golden.model), "forward", counted)
+    monkeypatch.setattr(type(golden.model), "evaluate", counted)
     estimator(subject)
     steps = golden.num_steps
     assert len(calls) == steps + steps * (steps - 1) // 2
