@@ -11,6 +11,7 @@ from torch import Tensor
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance
 from harmonica.downloads import fetch, verify
+from harmonica.engine import EAGER, Acceleration
 from harmonica.errors import HarmonicaError
 from harmonica.files import existing_file, is_safetensors, read_safetensors, read_torch
 from harmonica.flops import Costs, measure_costs
@@ -31,6 +32,7 @@ class Backbone:
     Attributes:
         weights_hash: sha256 of the weights file, first 16 hex digits.
         costs: multiply-accumulates per branch, one row.
+        how: what makes sampling fast.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Backbone:
     weights_hash: str
     costs: Costs
     device: torch.device
+    how: Acceleration = EAGER
 
     def router_info(self, **rest: Any) -> RouterInfo:
         """What a router for this backbone records; ``rest`` are further fields."""
@@ -121,6 +124,17 @@ def _reduce_precision(model: DiT, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
+def _acceleration(config: BackboneConfig, device: torch.device) -> Acceleration:
+    """What the flags say; on a GPU everything by default, on a CPU nothing."""
+    is_gpu = device.type == "cuda"
+    if config.cuda_graphs and not is_gpu:
+        raise HarmonicaError("--cuda-graphs needs a GPU; drop it")
+    return Acceleration(
+        compiles=is_gpu if config.compile is None else config.compile,
+        captures=is_gpu if config.cuda_graphs is None else config.cuda_graphs,
+    )
+
+
 def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     """The model, frozen, in eval mode, on the device and in the precision of the configuration.
 
@@ -157,6 +171,7 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
         weights_hash=weights_hash,
         costs=measure_costs(model),
         device=device,
+        how=_acceleration(config, device),
     )
 
 

@@ -71,6 +71,12 @@ class BackboneConfig(Options):
         False, "guide every latent channel; published DiT guides three of four"
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
+    compile: bool | None = option(
+        None, "sample with compiled blocks (needs a C++ compiler); default: on a GPU"
+    )
+    cuda_graphs: bool | None = option(
+        None, "sample whole trajectories as CUDA graphs; default: on a GPU"
+    )
 
     def check(self) -> None:
         """Refuse values that cannot work, naming the flag and the remedy."""

@@ -122,10 +122,12 @@ class Trajectories:
     def conditioning(self) -> tuple[Conditioning, ...]:
         """Of every evaluation, in one pass: it does not depend on x."""
         y = with_null(self.y, self.model, self.guidance)
-        t = torch.tensor(self.sampler.timesteps, dtype=torch.float32, device=y.device)
+        # Filled on the device: nothing is copied there while a CUDA graph is captured.
+        times = [torch.full(y.shape, float(t), device=y.device) for t in self.sampler.timesteps]
         with in_precision_of(self.model):
-            every = self.model.condition(t.repeat_interleave(len(y)), y.repeat(len(t)))
-        return tuple(every.rows(slice(s * len(y), (s + 1) * len(y))) for s in range(len(t)))
+            every = self.model.condition(torch.cat(times), y.repeat(self.num_steps))
+        rows = [slice(s * len(y), (s + 1) * len(y)) for s in range(self.num_steps)]
+        return tuple(every.rows(part) for part in rows)
 
     def evaluate(
         self, forward: Callable[[Tensor, Conditioning], Tensor], s: int, x: Tensor

@@ -14,6 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 from harmonica.backbone import Backbone, load_backbone, load_decoder
 from harmonica.baselines import METHODS, Plan
 from harmonica.config import SampleConfig
+from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, write_atomically
 from harmonica.image_error import ImageError
@@ -21,7 +22,7 @@ from harmonica.options import plain
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.router import load_router
-from harmonica.sampling import eight_bit, replay, sample, trajectories
+from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import Timing, timed
 
@@ -132,9 +133,8 @@ def sample_and_report(config: SampleConfig) -> str:
         times = timed(
             {
                 name: partial(
-                    replay,
+                    Engine(plan.schedule, plan.backbone.how),
                     trajectories(plan.backbone, draws, indices[part], some),
-                    plan.schedule,
                 )
                 for name, plan in plans.items()
             },

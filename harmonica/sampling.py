@@ -7,11 +7,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.backbone import Backbone
-from harmonica.block_reuse import BlockReplay
-from harmonica.cache import Cache, replay_branches
 from harmonica.denoise import Trajectories
+from harmonica.engine import Engine
 from harmonica.randomness import Draws
-from harmonica.samplers import State
 from harmonica.schedule import Schedule
 
 
@@ -32,20 +30,6 @@ def trajectories(
     )
 
 
-def replay(batch: Trajectories, schedule: Schedule | None) -> Tensor:
-    """Final latents (n, C, H, W) with the schedule replayed; None computes everything."""
-    if schedule is None:
-        return batch.walk(State(batch.x_T), batch.predict).x
-    if schedule.reuses == "blocks":
-        return batch.walk(State(batch.x_T), BlockReplay(batch, schedule)).x
-    cache, table = Cache(schedule.compute.shape[1]), schedule.compute.tolist()
-
-    def predict(s: int, x: Tensor) -> Tensor:
-        return batch.predict(s, x, replay_branches(cache, table[s]))
-
-    return batch.walk(State(batch.x_T), predict).x
-
-
 @torch.inference_mode()
 def sample(
     backbone: Backbone,
@@ -63,7 +47,7 @@ def sample(
         labels: (n,), aligned with ``indices``; drawn if None.
         progress: label of a progress bar; None shows none.
     """
-    done = []
+    engine, done = Engine(schedule, backbone.how), []
     for start in tqdm(
         range(0, len(indices), batch_size), desc=progress, disable=progress is None, unit="batch"
     ):
@@ -71,7 +55,7 @@ def sample(
         batch = trajectories(
             backbone, draws, indices[part], None if labels is None else labels[part]
         )
-        done.append(replay(batch, schedule).cpu())
+        done.append(engine(batch).cpu())
     return torch.cat(done)
 
 

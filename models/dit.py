@@ -1,6 +1,6 @@
 """DiT (Peebles & Xie, 2023): the one definition behind plain, training and replay forwards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from models.layers import (
     LabelEmbedder,
     Modulation,
     TimestepEmbedder,
+    gated,
     modulate,
     sincos_position_embedding,
 )
@@ -71,12 +72,23 @@ class DiTBlock(nn.Module):
         parts = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
+    def attention_update(self, x: Tensor, m: Modulation) -> Tensor:
+        return self.attn(modulate(self.norm1(x), m.shift, m.scale))
+
+    def mlp_update(self, x: Tensor, m: Modulation) -> Tensor:
+        return self.mlp(modulate(self.norm2(x), m.shift, m.scale))
+
+    @property
+    def updates(self) -> tuple[Callable[[Tensor, Modulation], Tensor], ...]:
+        """The function of every branch, in the order of ``branch_names``."""
+        return self.attention_update, self.mlp_update
+
     def forward(
         self, x: Tensor, modulations: tuple[Modulation, Modulation], attn: Branch, mlp: Branch
     ) -> Tensor:
         a, m = modulations
-        x = x + a.gate * attn(lambda h: self.attn(modulate(self.norm1(h), a.shift, a.scale)), x)
-        x = x + m.gate * mlp(lambda h: self.mlp(modulate(self.norm2(h), m.shift, m.scale)), x)
+        x = gated(x, a.gate, attn(lambda h: self.attention_update(h, a), x))
+        x = gated(x, m.gate, mlp(lambda h: self.mlp_update(h, m), x))
         return x
 
 

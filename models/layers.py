@@ -54,6 +54,11 @@ def sincos_position_embedding(dim: int, grid_size: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(grid_size**2, dim).float()
 
 
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """The residual sum ``x + gate * update`` in one pass: x, update (B, L, d), gate (B, 1, d)."""
+    return torch.addcmul(x, gate, update)
+
+
 class TimestepEmbedder(nn.Module):
     """Timesteps (B,) to conditioning vectors (B, d): sinusoids, then a two-layer MLP."""
 

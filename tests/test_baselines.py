@@ -21,11 +21,12 @@ from harmonica.baselines.smoothcache import (
 )
 from harmonica.block_reuse import block_decisions, reused_stretches
 from harmonica.budget import Budget
+from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.flops import Costs
 from harmonica.randomness import Draws
 from harmonica.samplers import State
-from harmonica.sampling import replay, sample
+from harmonica.sampling import sample
 from harmonica.schedule import Schedule
 
 COSTS = Costs(tuple(f"blocks.{i}.{k}" for i in range(3) for k in ("attn", "mlp")), (5, 9) * 3, 4)
@@ -111,10 +112,10 @@ def test_reusing_blocks_adds_the_difference_they_made(golden: Golden):
         for hook in hooks:
             hook.remove()
         schedule = Schedule(compute, golden.costs, reuses="blocks")
-        assert torch.allclose(replay(batch, schedule), expected, atol=1e-5)
+        assert torch.allclose(Engine(schedule)(batch), expected, atol=1e-5)
         # The gates of the two steps differ, so the branches' last values are something else.
         assert not torch.allclose(
-            replay(batch, replace(schedule, reuses="branches")), expected, atol=1e-5
+            Engine(replace(schedule, reuses="branches"))(batch), expected, atol=1e-5
         )
     assert not any(block._forward_hooks for block in batch.model.blocks)
 
@@ -123,7 +124,7 @@ def test_a_schedule_of_blocks_decides_for_whole_blocks(golden: Golden):
     compute = np.ones((golden.num_steps, len(golden.costs.names)), dtype=bool)
     compute[1, 0] = False
     with pytest.raises(ValueError, match="branches of one alike"):
-        replay(golden.trajectories(), Schedule(compute, golden.costs, reuses="blocks"))
+        Engine(Schedule(compute, golden.costs, reuses="blocks"))(golden.trajectories())
 
 
 def test_what_is_reused_is_part_of_a_schedule(tmp_path):

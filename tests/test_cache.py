@@ -4,15 +4,15 @@ import torch
 from conftest import Golden, relative
 
 from harmonica.cache import Blend, Cache, Masking, Replay, replay_branches
+from harmonica.engine import Engine
 from harmonica.router import threshold_schedule
 from harmonica.samplers import State, create_sampler
-from harmonica.sampling import replay
 from harmonica.schedule import Schedule
 
 
 def images(batch, schedule=None) -> torch.Tensor:
     with torch.no_grad():
-        return replay(batch, schedule)
+        return Engine(schedule)(batch)
 
 
 def test_all_true_replay_is_the_plain_model_bit_for_bit(golden: Golden):

@@ -16,6 +16,7 @@ from harmonica.baselines.fixed import evenly_spaced
 from harmonica.comparison.config import TRAINED, Cell, CompareConfig
 from harmonica.comparison.table import markdown
 from harmonica.config import TrainConfig
+from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, read_safetensors, write_atomically
 from harmonica.image_error import ImageError
@@ -29,7 +30,7 @@ from harmonica.randomness import Draws
 from harmonica.report import select_device
 from harmonica.router import SEMANTICS, budget_schedule, load_router
 from harmonica.samplers import create_sampler
-from harmonica.sampling import eight_bit, replay, sample, trajectories
+from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
 from harmonica.trainer import Trainer
@@ -226,7 +227,8 @@ class Comparison:
         indices = range(TIMED_BATCH)
         runs = {
             name: partial(
-                replay, trajectories(chosen.backbone, self.draws, indices), chosen.schedule
+                Engine(chosen.schedule, chosen.backbone.how),
+                trajectories(chosen.backbone, self.draws, indices),
             )
             for name, chosen in {"uncached": self.uncached, "plan": plan}.items()
         }

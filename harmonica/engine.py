@@ -1,0 +1,179 @@
+"""Everything about speed in sampling: planned replay, compiled blocks, CUDA graphs.
+
+The eager path computes what the model's own forward computes with caching branches, bit for bit in
+float32; compiled blocks differ by rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harmonica.block_reuse import BlockReplay
+from harmonica.denoise import Trajectories
+from harmonica.replay_plan import Add, Compute, ReplayPlan, plan_replay
+from harmonica.samplers import State
+from harmonica.schedule import Schedule
+from models.dit import Conditioning
+from models.layers import Modulation, gated
+
+# Sums of so many cached values are compiled; longer ones are taken apart.
+ARITIES = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How replay runs.
+
+    Attributes:
+        compiles: fuse each block with torch.compile; takes a C++ compiler or Triton.
+        captures: replay the whole trajectory as one CUDA graph.
+    """
+
+    compiles: bool = False
+    captures: bool = False
+
+
+EAGER = Acceleration()
+
+
+def run_branches(
+    block: nn.Module, which: tuple[int, ...], x: Tensor, modulations: tuple[Modulation, ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """Some branches of a block: x (B, L, d) after them, and their values."""
+    values = []
+    for k in which:
+        values.append(block.updates[k](x, modulations[k]))
+        x = gated(x, modulations[k].gate, values[-1])
+    return x, values
+
+
+def add_gated(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
+    """x + sum of gate * value, in this order."""
+    for gate, value in zip(gates, values, strict=True):
+        x = gated(x, gate, value)
+    return x
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    """One graph per choice of branches or number of addends, shared by all blocks."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+class PlannedReplay:
+    """One trajectory of a planned schedule; built for it and dropped with it.
+
+    ``peak_values`` is the most values that were kept at once.
+    """
+
+    def __init__(self, batch: Trajectories, plan: ReplayPlan, how: Acceleration):
+        self.batch, self.plan, self.compiles = batch, plan, how.compiles
+        self.kept: dict[int, Tensor] = {}
+        self.peak_values = 0
+
+    def predict(self, s: int, x: Tensor) -> Tensor:
+        """Guided output of evaluation s."""
+        return self.batch.evaluate(lambda rows, c: self._evaluate(s, rows, c), s, x)
+
+    def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
+        model = self.batch.model
+        x = model.embed(x)
+        for operation in self.plan.steps[s]:
+            if isinstance(operation, Compute):
+                x = self._compute(operation, x, conditioning)
+            else:
+                x = self._add(operation, x, conditioning)
+        return model.head(x, conditioning)
+
+    def _compute(self, operation: Compute, x: Tensor, conditioning: Conditioning) -> Tensor:
+        run = _compiled(run_branches) if self.compiles else run_branches
+        which = tuple(k for _, k, _ in operation.branches)
+        block = self.batch.model.blocks[operation.block]
+        x, values = run(block, which, x, conditioning.blocks[operation.block])
+        for (i, _, keeps), value in zip(operation.branches, values, strict=True):
+            if keeps:
+                self.kept[i] = value
+        self.peak_values = max(self.peak_values, len(self.kept))
+        return x
+
+    def _add(self, operation: Add, x: Tensor, conditioning: Conditioning) -> Tensor:
+        gates = [conditioning.blocks[block][k].gate for _, block, k in operation.branches]
+        values = [self.kept[i] for i, _, _ in operation.branches]
+        for i in operation.dropped:
+            del self.kept[i]
+        if not self.compiles:
+            return add_gated(x, gates, values)
+        while values:
+            arity = next(n for n in ARITIES if n <= len(values))
+            x = _compiled(add_gated)(x, gates[:arity], values[:arity])
+            gates, values = gates[arity:], values[arity:]
+        return x
+
+
+class CapturedTrajectory:
+    """A whole trajectory as one CUDA graph, for batches of one shape."""
+
+    def __init__(self, batch: Trajectories, run: Callable[[Trajectories], Tensor]):
+        steps = range(batch.num_steps) if batch.sampler.stochastic else ()
+        self.y, self.x_T = batch.y.clone(), batch.x_T.clone()
+        self.noise = [batch.noise(s).clone() for s in steps]
+
+        def once() -> Tensor:
+            return run(replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__))
+
+        # Compilation and lazy initialisation happen outside of the capture.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                once()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.final = once()
+
+    def __call__(self, batch: Trajectories) -> Tensor:
+        self.y.copy_(batch.y)
+        self.x_T.copy_(batch.x_T)
+        for s, noise in enumerate(self.noise):
+            noise.copy_(batch.noise(s))
+        self.graph.replay()
+        return self.final.clone()
+
+
+class Engine:
+    """Samples trajectories with one schedule; CUDA graphs are kept between batches.
+
+    Args:
+        schedule: None computes everything.
+    """
+
+    def __init__(self, schedule: Schedule | None, how: Acceleration = EAGER):
+        self.schedule, self.how = schedule, how
+        self._captured: dict[torch.Size, CapturedTrajectory] = {}
+
+    def __call__(self, batch: Trajectories) -> Tensor:
+        """Final latents (n, C, H, W) of a batch; all batches are of one model and sampler."""
+        if not self.how.captures:
+            return self._run(batch)
+        shape = batch.x_T.shape
+        if shape not in self._captured:
+            self._captured[shape] = CapturedTrajectory(batch, self._run)
+        return self._captured[shape](batch)
+
+    def _run(self, batch: Trajectories) -> Tensor:
+        batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper
+        if self.schedule is not None and self.schedule.reuses == "blocks":
+            return batch.walk(State(batch.x_T), BlockReplay(batch, self.schedule)).x
+        replay = PlannedReplay(batch, self._plan(batch), self.how)
+        return batch.walk(State(batch.x_T), replay.predict).x
+
+    def _plan(self, batch: Trajectories) -> ReplayPlan:
+        names = batch.model.branch_names
+        if self.schedule is None:
+            return plan_replay(np.ones((batch.num_steps, len(names)), dtype=bool), names)
+        return plan_replay(self.schedule.compute, names)

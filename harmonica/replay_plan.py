@@ -1,0 +1,92 @@
+"""What a schedule makes run when, planned once, before anything runs.
+
+A branch's value is kept only if a later step reads it before it is computed again, and dropped at
+its last reading. Reused branches that follow each other are added in one pass. Nothing of a block
+whose branches are all reused runs but that addition.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Run branches of one block, in the order of the model.
+
+    Attributes:
+        block: index of the block.
+        branches: (index in the model, index in the block, whether the value is kept) of each.
+    """
+
+    block: int
+    branches: tuple[tuple[int, int, bool], ...]
+
+
+@dataclass(frozen=True)
+class Add:
+    """Add kept values of consecutive branches, gated by the conditioning of this step.
+
+    Attributes:
+        branches: (index in the model, block, index in the block) of each.
+        dropped: indices in the model that nobody reads after this.
+    """
+
+    branches: tuple[tuple[int, int, int], ...]
+    dropped: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Operations of every step, and the most values that are kept at once."""
+
+    steps: tuple[tuple[Compute | Add, ...], ...]
+    peak_values: int
+
+
+def places_of(names: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(block, index in the block) of every branch, from names like ``blocks.3.attn``."""
+    blocks = [name.rpartition(".")[0] for name in names]
+    order = list(dict.fromkeys(blocks))
+    return [(order.index(block), blocks[:i].count(block)) for i, block in enumerate(blocks)]
+
+
+def _read_later(compute: np.ndarray) -> np.ndarray:
+    """(T, N) bool: whether the next step does not compute the branch, and so reads it."""
+    following = np.concatenate([compute[1:], np.ones_like(compute[:1])])
+    return ~following
+
+
+def plan_replay(compute: np.ndarray, names: tuple[str, ...]) -> ReplayPlan:
+    """The plan of decisions (T, N) bool about branches with these names."""
+    places = places_of(names)
+    is_read = _read_later(compute)
+    steps = []
+    for s, row in enumerate(compute):
+        operations: list[Compute | Add] = []
+        for i, (block, k) in enumerate(places):
+            last = operations[-1] if operations else None
+            if row[i] and isinstance(last, Compute) and last.block == block:
+                operations[-1] = Compute(block, (*last.branches, (i, k, bool(is_read[s, i]))))
+            elif row[i]:
+                operations.append(Compute(block, ((i, k, bool(is_read[s, i])),)))
+            else:
+                dropped = () if is_read[s, i] else (i,)
+                before = last if isinstance(last, Add) else Add((), ())
+                joined = Add((*before.branches, (i, block, k)), (*before.dropped, *dropped))
+                operations[-1:] = [joined] if isinstance(last, Add) else [*operations[-1:], joined]
+        steps.append(tuple(operations))
+    return ReplayPlan(tuple(steps), _peak(steps))
+
+
+def _peak(steps: list[tuple[Compute | Add, ...]]) -> int:
+    """Most values kept at once, walking the plan."""
+    kept: set[int] = set()
+    peak = 0
+    for operation in (operation for step in steps for operation in step):
+        if isinstance(operation, Add):
+            kept -= set(operation.dropped)
+        else:
+            kept |= {i for i, _, keeps in operation.branches if keeps}
+        peak = max(peak, len(kept))
+    return peak
