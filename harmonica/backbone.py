@@ -135,11 +135,16 @@ def _acceleration(config: BackboneConfig, device: torch.device) -> Acceleration:
     )
 
 
-def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
+def load_backbone(
+    config: BackboneConfig, device: torch.device, *, random_weights: bool = False
+) -> Backbone:
     """The model, frozen, in eval mode, on the device and in the precision of the configuration.
 
     Missing weights are downloaded. Sampler state and the model's residual stream stay float32
     whatever the precision.
+
+    Args:
+        random_weights: freshly initialised ones, for measuring speed.
 
     Raises:
         HarmonicaError: weights that cannot be had or do not fit, or sizes that do not.
@@ -148,18 +153,11 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     size = spec.image_size if config.image_size is None else config.image_size
     sampler = create_sampler(config.sampler, config.num_sampling_steps, config.eta)
     model = create_model(config.model, image_size=size, num_classes=config.num_classes)
-    if config.ckpt is not None:
-        path = existing_file(config.ckpt, "--ckpt")
-    elif size in spec.weights:
-        source = spec.weights[size]
-        path = source if isinstance(source, Path) else fetch(source)
-    else:
-        raise HarmonicaError(
-            f"no weights are published for --model {config.model} at --image-size {size}; "
-            "pass yours with --ckpt"
-        )
-    weights_hash = verify(path)[:16]
-    load_weights(model, path, config.model)
+    weights_hash = "random"
+    if not random_weights:
+        path = _weights_file(config, size)
+        weights_hash = verify(path)[:16]
+        load_weights(model, path, config.model)
     model.requires_grad_(False).eval().to(device)
     _reduce_precision(model, DTYPES[config.mixed_precision])
     return Backbone(
@@ -173,6 +171,19 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
         device=device,
         how=_acceleration(config, device),
     )
+
+
+def _weights_file(config: BackboneConfig, size: int) -> Path:
+    """The file that the configuration names, or the bundled or fetched one of its model."""
+    if config.ckpt is not None:
+        return existing_file(config.ckpt, "--ckpt")
+    if size not in MODELS[config.model].weights:
+        raise HarmonicaError(
+            f"no weights are published for --model {config.model} at --image-size {size}; "
+            "pass yours with --ckpt"
+        )
+    source = MODELS[config.model].weights[size]
+    return source if isinstance(source, Path) else fetch(source)
 
 
 def _load_vae(config: BackboneConfig, device: torch.device) -> Any:

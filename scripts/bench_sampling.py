@@ -1,0 +1,136 @@
+"""Cost of sampling: `python scripts/bench_sampling.py`, with the backbone flags of sample.py.
+
+Prints the time of a batch without and with a cache, timed in turn after warm-up; the measured
+speed-up, the theoretical one, and their ratio, the efficiency; arithmetic against the machine's own
+matrix products, measured in the same run; and what the cache holds.
+"""
+
+import json
+import platform
+import resource
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from harmonica.backbone import DTYPES, Backbone, load_backbone
+from harmonica.baselines.fixed import random_schedule
+from harmonica.budget import Budget
+from harmonica.config import BackboneConfig
+from harmonica.engine import Engine
+from harmonica.errors import run_command
+from harmonica.files import write_atomically
+from harmonica.options import option, parse, plain
+from harmonica.randomness import Draws
+from harmonica.replay_plan import plan_replay
+from harmonica.report import load_schedule, select_device
+from harmonica.sampling import trajectories
+from harmonica.schedule import Schedule
+from harmonica.timing import Timing, timed
+
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class BenchConfig(BackboneConfig):
+    """What is timed."""
+
+    path: Path | None = option(None, "router file, schedule JSON or run directory")
+    cur: float = option(0.5, "without --path: share of reuse of a random schedule", low=0, high=1)
+    num_images: int = option(8, "images of the batch", aliases=("--batch-size",), low=1)
+    repeats: int = option(5, "timed repetitions after one warm-up", low=1)
+    random_weights: bool = option(False, "speed does not depend on weights: draw them")
+    out: Path | None = option(None, "JSON report")
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-accumulates a second of one large matrix product, the best of several."""
+    size = PEAK_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    runs = {str(i): partial(torch.mm, a, b) for i in range(2)}
+    return size**3 / min(timing.low for timing in timed(runs, 5, device).values())
+
+
+def cache_bytes(backbone: Backbone, schedule: Schedule, rows: int) -> int:
+    """What the plan keeps at its peak, for so many rows of the model."""
+    config = backbone.model.config
+    tokens = (config.input_size // config.patch_size) ** 2
+    width = next(p for p in backbone.model.parameters() if p.ndim > 1).element_size()
+    plan = plan_replay(schedule.compute, schedule.costs.names)
+    return plan.peak_values * rows * tokens * config.hidden_size * width
+
+
+@torch.inference_mode()
+def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict:
+    """Everything that is printed, by name."""
+    device, dtype = backbone.device, DTYPES[config.mixed_precision]
+    rows = config.num_images * backbone.guidance.halves
+    batch = trajectories(backbone, Draws(0, "sample"), range(config.num_images))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times: dict[str, Timing] = timed(
+        {
+            "uncached": partial(Engine(None, backbone.how), batch),
+            "cached": partial(Engine(schedule, backbone.how), batch),
+        },
+        config.repeats,
+        device,
+    )
+    measured = times["uncached"].median / times["cached"].median
+    full = schedule.num_steps * schedule.costs.total * rows
+    peak = matrix_peak(device, dtype)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": rows,
+        "cur": schedule.cur,
+        "seconds_uncached": vars(times["uncached"]),
+        "seconds_cached": vars(times["cached"]),
+        "measured_speedup": measured,
+        "theoretical_speedup": schedule.theoretical_speedup,
+        "efficiency": measured / schedule.theoretical_speedup,
+        "uncached_macs_per_second": full / times["uncached"].median,
+        "cached_macs_per_second": schedule.macs * rows / times["cached"].median,
+        "matrix_product_macs_per_second": peak,
+        "cache_bytes": cache_bytes(backbone, schedule, rows),
+        "peak_bytes": memory,
+    }
+
+
+@run_command
+def bench() -> None:
+    config = parse(BenchConfig, __doc__.split("\n")[0])
+    backbone = load_backbone(config, select_device(), random_weights=config.random_weights)
+    if config.path is not None:
+        schedule = load_schedule(config.path, None, backbone)
+    else:
+        budget = Budget(cur=config.cur)
+        schedule = random_schedule(config.num_sampling_steps, backbone.costs, budget, seed=0)
+    found = measure(config, backbone, schedule)
+    for name, value in found.items():
+        print(f"{name:32} {_shown(name, value)}")
+    if config.out is not None:
+        record = {"config": plain(config), **found}
+        write_atomically(config.out, json.dumps(record, indent=1).encode())
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, dict):
+        return str(Timing(**value))
+    if name.endswith("_bytes"):
+        return f"{value / 2**20:.1f} MiB"
+    if name.endswith("_per_second"):
+        return f"{value / 1e9:.1f} GMAC/s"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    bench()
