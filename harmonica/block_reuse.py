@@ -26,7 +26,7 @@ def block_decisions(schedule: Schedule) -> np.ndarray:
     Raises:
         ValueError: a block computes some of its branches only.
     """
-    blocks = [name.rpartition(".")[0] for name in schedule.costs.names]
+    blocks = schedule.costs.blocks
     rows = [schedule.compute[:, [b == block for b in blocks]] for block in dict.fromkeys(blocks)]
     if any((row != row[:, :1]).any() for row in rows):
         raise ValueError("a schedule that reuses blocks must decide for all branches of one alike")

@@ -1,4 +1,4 @@
-"""The two caching branches: Blend, for training, and Replay, for sampling.
+"""The two caching branches: Blend, for training, and Replay, which decides.
 
 Both stand on a :class:`Cache`, which holds the last value of every branch along one trajectory
 and is dropped with it.

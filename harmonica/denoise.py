@@ -12,6 +12,9 @@ from harmonica.samplers import Sampler, State
 from models.branch import Branch
 from models.dit import Conditioning
 
+# Conditioning that is kept at once: 256 MB in float32.
+CONDITIONING_NUMBERS = 2**26
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -118,16 +121,31 @@ class Trajectories:
     def num_steps(self) -> int:
         return len(self.sampler.timesteps)
 
+    def conditioning(self, s: int) -> Conditioning:
+        """Of evaluation s. It does not depend on x: many steps are computed in one pass."""
+        rows = len(self.y) * self.guidance.halves
+        window = max(1, CONDITIONING_NUMBERS // (rows * self.model.conditioning_size))
+        first = s // window * window
+        if first not in self._conditioned:
+            self._conditioned.clear()
+            steps = range(first, min(first + window, self.num_steps))
+            self._conditioned[first] = self._condition(steps)
+        return self._conditioned[first][s - first]
+
     @cached_property
-    def conditioning(self) -> tuple[Conditioning, ...]:
-        """Of every evaluation, in one pass: it does not depend on x."""
+    def _conditioned(self) -> dict[int, list[Conditioning]]:
+        """The window of steps at hand, by its first step."""
+        return {}
+
+    def _condition(self, steps: range) -> list[Conditioning]:
         y = with_null(self.y, self.model, self.guidance)
         # Filled on the device: nothing is copied there while a CUDA graph is captured.
-        times = [torch.full(y.shape, float(t), device=y.device) for t in self.sampler.timesteps]
+        times = [
+            torch.full(y.shape, float(self.sampler.timesteps[s]), device=y.device) for s in steps
+        ]
         with in_precision_of(self.model):
-            every = self.model.condition(torch.cat(times), y.repeat(self.num_steps))
-        rows = [slice(s * len(y), (s + 1) * len(y)) for s in range(self.num_steps)]
-        return tuple(every.rows(part) for part in rows)
+            every = self.model.condition(torch.cat(times), y.repeat(len(steps)))
+        return [every.rows(slice(k * len(y), (k + 1) * len(y))) for k in range(len(steps))]
 
     def evaluate(
         self, forward: Callable[[Tensor, Conditioning], Tensor], s: int, x: Tensor
@@ -135,7 +153,7 @@ class Trajectories:
         """Guided output at evaluation s of some way to run the model on rows of x."""
         rows = torch.cat([x] * self.guidance.halves)
         with in_precision_of(self.model):
-            output = forward(rows, self.conditioning[s]).float()
+            output = forward(rows, self.conditioning(s)).float()
         return guide(output, x.shape[1], self.guidance)
 
     def predict(self, s: int, x: Tensor, branches: list[Branch] | None = None) -> Tensor:

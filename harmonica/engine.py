@@ -22,6 +22,8 @@ from models.layers import Modulation, gated
 
 # Sums of so many cached values are compiled; longer ones are taken apart.
 ARITIES = (8, 4, 2, 1)
+# Compiled graphs of a function before torch refuses more: some batch sizes and precisions.
+GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,17 @@ def add_gated(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    """One graph per choice of branches or number of addends, shared by all blocks."""
+    """One graph per choice of branches or number of addends, and shape; shared by all blocks."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 class PlannedReplay:
-    """One trajectory of a planned schedule; built for it and dropped with it.
-
-    ``peak_values`` is the most values that were kept at once.
-    """
+    """One trajectory of a planned schedule; built for it and dropped with it."""
 
     def __init__(self, batch: Trajectories, plan: ReplayPlan, how: Acceleration):
         self.batch, self.plan, self.compiles = batch, plan, how.compiles
         self.kept: dict[int, Tensor] = {}
-        self.peak_values = 0
 
     def predict(self, s: int, x: Tensor) -> Tensor:
         """Guided output of evaluation s."""
@@ -97,7 +96,6 @@ class PlannedReplay:
         for (i, _, keeps), value in zip(operation.branches, values, strict=True):
             if keeps:
                 self.kept[i] = value
-        self.peak_values = max(self.peak_values, len(self.kept))
         return x
 
     def _add(self, operation: Add, x: Tensor, conditioning: Conditioning) -> Tensor:
@@ -148,19 +146,23 @@ class CapturedTrajectory:
 class Engine:
     """Samples trajectories with one schedule; CUDA graphs are kept between batches.
 
+    A graph is captured at the second batch of a shape: a single one would only pay for it.
+
     Args:
         schedule: None computes everything.
     """
 
     def __init__(self, schedule: Schedule | None, how: Acceleration = EAGER):
         self.schedule, self.how = schedule, how
+        self._seen: set[torch.Size] = set()
         self._captured: dict[torch.Size, CapturedTrajectory] = {}
 
     def __call__(self, batch: Trajectories) -> Tensor:
         """Final latents (n, C, H, W) of a batch; all batches are of one model and sampler."""
-        if not self.how.captures:
-            return self._run(batch)
         shape = batch.x_T.shape
+        if not self.how.captures or shape not in self._seen:
+            self._seen.add(shape)
+            return self._run(batch)
         if shape not in self._captured:
             self._captured[shape] = CapturedTrajectory(batch, self._run)
         return self._captured[shape](batch)
@@ -174,6 +176,6 @@ class Engine:
 
     def _plan(self, batch: Trajectories) -> ReplayPlan:
         names = batch.model.branch_names
-        if self.schedule is None:
-            return plan_replay(np.ones((batch.num_steps, len(names)), dtype=bool), names)
-        return plan_replay(self.schedule.compute, names)
+        if self.schedule is not None:
+            return plan_replay(self.schedule.compute, names)
+        return plan_replay(np.ones((batch.num_steps, len(names)), dtype=bool), names)

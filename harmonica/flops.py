@@ -26,6 +26,16 @@ class Costs:
     def total(self) -> int:
         return sum(self.macs) + self.rest
 
+    @property
+    def blocks(self) -> list[str]:
+        """Block of every branch: ``blocks.3`` of ``blocks.3.attn``."""
+        return [name.rpartition(".")[0] for name in self.names]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kind of every branch: ``attn`` of ``blocks.3.attn``."""
+        return [name.rpartition(".")[2] for name in self.names]
+
 
 def measure_costs(model: nn.Module) -> Costs:
     """Count the branches of a model by running it once without computing anything."""

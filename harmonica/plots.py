@@ -22,22 +22,21 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _branch_rows(names: tuple[str, ...]) -> list[list[int]]:
+def _branch_rows(kinds: list[str]) -> list[list[int]]:
     """Branch indices by kind: all attention branches, then all MLPs, ..."""
-    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-    return [[i for i, n in enumerate(names) if n.rsplit(".", 1)[-1] == kind] for kind in kinds]
+    return [[i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
 
 
 def router_heatmap(path: Path, scores: np.ndarray, schedule: Schedule, title: str) -> None:
     """Scores (T, N) in [0, 1], one panel per kind of branch; a dot marks what is computed."""
-    groups = _branch_rows(schedule.costs.names)
+    groups = _branch_rows(schedule.costs.kinds)
     figure = Figure((1.5 + 4.2 * len(groups), 1.2 + 0.22 * len(scores)), layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False)
     for axis, group in zip(axes[0], groups, strict=True):
         image = axis.imshow(scores[:, group], vmin=0, vmax=1, cmap="viridis", aspect="auto")
         steps, columns = np.nonzero(schedule.compute[:, group])
         axis.scatter(columns, steps, s=6, c="white", edgecolors="black", linewidths=0.4)
-        axis.set_title(schedule.costs.names[group[0]].rsplit(".", 1)[-1])
+        axis.set_title(schedule.costs.kinds[group[0]])
         axis.set_xlabel("block")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))

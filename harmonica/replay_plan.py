@@ -45,7 +45,7 @@ class ReplayPlan:
 
 
 def places_of(names: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(block, index in the block) of every branch, from names like ``blocks.3.attn``."""
+    """(number of the block, index in the block) of every branch, from their names."""
     blocks = [name.rpartition(".")[0] for name in names]
     order = list(dict.fromkeys(blocks))
     return [(order.index(block), blocks[:i].count(block)) for i, block in enumerate(blocks)]

@@ -39,6 +39,7 @@ def sample(
     labels: Tensor | None = None,
     batch_size: int = 64,
     progress: str | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
     """Final latents (n, C, H, W) of the samples with these indices, on the CPU.
 
@@ -46,16 +47,23 @@ def sample(
         schedule: None computes everything.
         labels: (n,), aligned with ``indices``; drawn if None.
         progress: label of a progress bar; None shows none.
+        engine: one that ran this schedule before, whose CUDA graphs can be used again.
     """
-    engine, done = Engine(schedule, backbone.how), []
+    engine, done = engine or Engine(schedule, backbone.how), []
+    # What is compiled or captured is for one shape: a last, smaller batch is filled up.
+    fills = (backbone.how.compiles or backbone.how.captures) and len(indices) > batch_size
     for start in tqdm(
         range(0, len(indices), batch_size), desc=progress, disable=progress is None, unit="batch"
     ):
-        part = slice(start, start + batch_size)
+        wanted = range(start, min(start + batch_size, len(indices)))
+        places = [*wanted, *[wanted[-1]] * (batch_size - len(wanted))] if fills else list(wanted)
         batch = trajectories(
-            backbone, draws, indices[part], None if labels is None else labels[part]
+            backbone,
+            draws,
+            [indices[place] for place in places],
+            None if labels is None else labels[places],
         )
-        done.append(engine(batch).cpu())
+        done.append(engine(batch)[: len(wanted)].cpu())
     return torch.cat(done)
 
 

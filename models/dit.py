@@ -134,6 +134,11 @@ class DiT(nn.Module):
             f"blocks.{i}.{name}" for i in range(self.config.depth) for name in DiTBlock.branch_names
         )
 
+    @property
+    def conditioning_size(self) -> int:
+        """Numbers per row of a Conditioning."""
+        return (6 * self.config.depth + 2) * self.config.hidden_size
+
     def initialize_weights(self) -> None:
         """Initialisation of the DiT paper: gates and output start at zero."""
         for module in self.modules():

@@ -19,6 +19,7 @@ from harmonica.backbone import DTYPES, Backbone, load_backbone
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
+from harmonica.denoise import precision_of
 from harmonica.engine import Engine
 from harmonica.errors import run_command
 from harmonica.files import write_atomically
@@ -57,7 +58,7 @@ def cache_bytes(backbone: Backbone, schedule: Schedule, rows: int) -> int:
     """What the plan keeps at its peak, for so many rows of the model."""
     config = backbone.model.config
     tokens = (config.input_size // config.patch_size) ** 2
-    width = next(p for p in backbone.model.parameters() if p.ndim > 1).element_size()
+    width = precision_of(backbone.model).itemsize
     plan = plan_replay(schedule.compute, schedule.costs.names)
     return plan.peak_values * rows * tokens * config.hidden_size * width
 

@@ -14,7 +14,6 @@ from harmonica.baselines.delta_dit import delta_dit
 from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule
 from harmonica.baselines.smoothcache import (
     MAX_AGE,
-    kinds_of,
     nearest_smoothcache,
     output_changes,
     smoothcache,
@@ -137,7 +136,7 @@ def test_what_is_reused_is_part_of_a_schedule(tmp_path):
 
 
 def test_smoothcache_reuses_while_the_error_stays_below_alpha():
-    kinds = np.array(kinds_of(COSTS))
+    kinds = np.array(COSTS.kinds)
     changes = np.full((7, MAX_AGE, 6), 0.1)
     changes[:, :, kinds == "mlp"] = [[0.1], [0.2], [0.3]]
     changes[4, 0] = 0.9

@@ -105,9 +105,16 @@ def test_the_peak_is_the_planned_one(golden: Golden):
     for schedule in schedules(golden):
         batch = golden.trajectories()
         plan = plan_replay(schedule.compute, schedule.costs.names)
-        replay = PlannedReplay(batch, plan, Acceleration())
-        batch.walk(State(batch.x_T), replay.predict)
-        assert replay.peak_values == plan.peak_values
+        replay, most = PlannedReplay(batch, plan, Acceleration()), []
+
+        def predict(s, x, replay=replay, most=most):
+            output = replay.predict(s, x)
+            most.append(len(replay.kept))
+            return output
+
+        batch.walk(State(batch.x_T), predict)
+        # Within a step more may be kept than at its end, and every step ends with its reads done.
+        assert max(most) <= plan.peak_values <= max(most) + len(schedule.costs.names)
         assert not replay.kept
 
 
@@ -154,7 +161,7 @@ def test_adding_in_groups_is_adding_one_by_one():
 
 def test_running_some_branches_gives_their_values(golden_b: Golden):
     batch = golden_b.trajectories()
-    modulations, block = batch.conditioning[0].blocks[0], golden_b.model.blocks[0]
+    modulations, block = batch.conditioning(0).blocks[0], golden_b.model.blocks[0]
     x = golden_b.model.embed(torch.cat([batch.x_T] * batch.guidance.halves))
     after, (value,) = run_branches(block, (1,), x, modulations)
     assert torch.equal(value, block.mlp_update(x, modulations[1]))

@@ -20,7 +20,7 @@ def delta_dit(num_steps: int, costs: Costs, interval: int, span: int, boundary: 
         span: number of blocks: the rear ones before step ``boundary``, the front ones from it on.
         boundary: step in sampling order; the paper's b is its time.
     """
-    blocks = [name.rpartition(".")[0] for name in costs.names]
+    blocks = costs.blocks
     order = list(dict.fromkeys(blocks))
     rear, front = (
         np.array([block in chosen for block in blocks]) for chosen in (order[-span:], order[:span])
@@ -37,7 +37,7 @@ def nearest_delta_dit(num_steps: int, costs: Costs, budget: Budget) -> tuple[Sch
 
     The span changes from rear to front half way.
     """
-    depth = len({name.rpartition(".")[0] for name in costs.names})
+    depth = len(set(costs.blocks))
 
     def candidates() -> Iterator[tuple[float, int, Schedule, str]]:
         for interval in range(2, num_steps + 1):

@@ -23,11 +23,6 @@ MAX_AGE = 3
 CALIBRATION_SAMPLES = 10  # as published
 
 
-def kinds_of(costs: Costs) -> list[str]:
-    """Kind of every branch: attn, mlp, ..."""
-    return [name.rpartition(".")[2] for name in costs.names]
-
-
 @torch.inference_mode()
 def output_changes(backbone: Backbone, seed: int) -> np.ndarray:
     """(T, MAX_AGE, N) relative L1 change of each branch's output from step s - k, k = 1, 2, ...
@@ -57,7 +52,7 @@ def output_changes(backbone: Backbone, seed: int) -> np.ndarray:
 
 def smoothcache(changes: np.ndarray, costs: Costs, alpha: float) -> Schedule:
     """The schedule at one threshold, from the changes (T, MAX_AGE, N) of a calibration pass."""
-    kinds = np.array(kinds_of(costs))
+    kinds = np.array(costs.kinds)
     compute = np.ones((len(changes), len(kinds)), dtype=bool)
     for kind in dict.fromkeys(kinds):
         errors = changes[:, :, kinds == kind].mean(axis=2)  # (T, MAX_AGE)
@@ -71,7 +66,7 @@ def smoothcache(changes: np.ndarray, costs: Costs, alpha: float) -> Schedule:
 
 def nearest_smoothcache(changes: np.ndarray, costs: Costs, budget: Budget) -> tuple[Schedule, str]:
     """The threshold whose schedule is nearest to a budget, and what it is."""
-    kinds = np.array(kinds_of(costs))
+    kinds = np.array(costs.kinds)
     errors = [changes[:, :, kinds == kind].mean(axis=2) for kind in dict.fromkeys(kinds)]
     values = np.unique(np.concatenate(errors, axis=None))
     values = values[np.isfinite(values)]

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from harmonica.backbone import Backbone
+from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import Batch
 from harmonica.randomness import Draws
@@ -29,6 +31,11 @@ class SampledImages:
     seed: int
     count: int
 
+    @cached_property
+    def _engine(self) -> Engine:
+        """One for all batches: what it captured is used again."""
+        return Engine(self.schedule, self.backbone.how)
+
     @property
     def size(self) -> tuple[int, int]:
         return (self.backbone.image_size, self.backbone.image_size)
@@ -44,7 +51,12 @@ class SampledImages:
         """
         draws = Draws(self.seed, "sample")
         latents = sample(
-            self.backbone, self.schedule, draws, indices, batch_size=max(1, len(indices))
+            self.backbone,
+            self.schedule,
+            draws,
+            indices,
+            batch_size=max(1, len(indices)),
+            engine=self._engine,
         )
         images = self.decode(latents)
         broken = ~(latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1))
