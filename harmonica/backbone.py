@@ -1,5 +1,7 @@
 """The pretrained model that is made faster: its weights, its latent space, its decoder."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +131,8 @@ def _acceleration(config: BackboneConfig, device: torch.device) -> Acceleration:
     is_gpu = device.type == "cuda"
     if config.cuda_graphs and not is_gpu:
         raise HarmonicaError("--cuda-graphs needs a GPU; drop it")
+    if config.compile and not is_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise HarmonicaError("--compile needs a C++ compiler on a CPU; install g++ or set CXX")
     return Acceleration(
         compiles=is_gpu if config.compile is None else config.compile,
         captures=is_gpu if config.cuda_graphs is None else config.cuda_graphs,
@@ -151,6 +155,7 @@ def load_backbone(
     """
     spec = MODELS[config.model]
     size = spec.image_size if config.image_size is None else config.image_size
+    how = _acceleration(config, device)
     sampler = create_sampler(config.sampler, config.num_sampling_steps, config.eta)
     model = create_model(config.model, image_size=size, num_classes=config.num_classes)
     weights_hash = "random"
@@ -169,7 +174,7 @@ def load_backbone(
         weights_hash=weights_hash,
         costs=measure_costs(model),
         device=device,
-        how=_acceleration(config, device),
+        how=how,
     )
 
 

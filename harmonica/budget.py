@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harmonica.errors import HarmonicaError
+from harmonica.errors import OutOfReach
 from harmonica.flops import Costs
 from harmonica.schedule import Schedule
 
@@ -36,11 +36,11 @@ class Budget:
         reused = int((~schedule.compute).sum())
         return self._is_met(reused, schedule.macs, schedule.num_steps, schedule.costs)
 
-    def _refusal(self, num_steps: int, costs: Costs, reused: int, macs: int) -> HarmonicaError:
+    def _refusal(self, num_steps: int, costs: Costs, reused: int, macs: int) -> OutOfReach:
         most = f"{reused / (num_steps * len(costs.names)):.3f} can be reused"
         if self.speedup is not None:
             most = f"{num_steps * costs.total / macs:.2f} is possible"
-        return HarmonicaError(
+        return OutOfReach(
             f"{self} is out of reach: with {num_steps} steps at most {most}; lower it or add steps"
         )
 
@@ -48,7 +48,7 @@ class Budget:
         """Reuse (step, branch) outputs in this order until the budget is met.
 
         Raises:
-            HarmonicaError: all of them are not enough.
+            OutOfReach: all of them are not enough.
         """
         compute = np.ones((num_steps, len(costs.names)), dtype=bool)
         reused, macs = 0, num_steps * costs.total
@@ -65,7 +65,7 @@ class Budget:
         """The first of some schedules, in the order of growing reuse, that meets the budget.
 
         Raises:
-            HarmonicaError: none does.
+            OutOfReach: none does.
         """
         candidate = None
         for candidate in candidates:

@@ -119,6 +119,7 @@ class TrainConfig(BackboneConfig):
         (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
         (("global_batch_size",), ("lambda_batch_size",)),
+        (("method",), ("data", "lambda_form", "compares_all")),
     )
 
     method: str = option(
@@ -205,7 +206,8 @@ class TrainConfig(BackboneConfig):
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
         if self.compares_all is None:
-            object.__setattr__(self, "compares_all", self.budget is None)
+            published = self.budget is None or self.method == "learning-to-cache"
+            object.__setattr__(self, "compares_all", published)
         if self.lambda_form is None:
             form = "sensitivity" if self.budget is not None else "published"
             if self.method == "learning-to-cache":

@@ -13,6 +13,10 @@ class HarmonicaError(Exception):
     """Bad input: the message is one sentence that names the flag or file and the remedy."""
 
 
+class OutOfReach(HarmonicaError):
+    """A budget that a method cannot meet."""
+
+
 def run_command(program: Callable[[], None]) -> Callable[[], None]:
     """Decorator of command-line programs: bad input ends one with its sentence and exit code 2.
 

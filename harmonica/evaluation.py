@@ -10,9 +10,11 @@ from harmonica import __version__
 from harmonica.config import EvaluateConfig
 from harmonica.files import write_atomically
 from harmonica.metrics.collect import Rows, collect
+from harmonica.metrics.extractor import Extractor
 from harmonica.metrics.images import pixels
 from harmonica.metrics.instruments import Instruments, choose_instruments
 from harmonica.metrics.paired import paired_rows
+from harmonica.metrics.reference import Reference
 from harmonica.metrics.scores import COLUMNS, PAIRED, all_scores, warnings_about
 from harmonica.metrics.subject import Subject, open_subject
 from harmonica.options import plain
@@ -36,7 +38,13 @@ def evaluate_and_report(config: EvaluateConfig) -> str | None:
         subject = open_subject(config, state.device)
         instruments = choose_instruments(config, subject, state.device)
     rows = measure(subject, instruments, config.batch_size, state)
-    reference_rows = measure_reference(instruments, config.batch_size, state)
+    reference_rows = measure_reference(
+        instruments.reference,
+        instruments.extractor,
+        instruments.metrics,
+        config.batch_size,
+        state,
+    )
     state.destroy_process_group()
     if not state.is_main_process:
         return None
@@ -84,10 +92,15 @@ def measure(
     return collect(subject.count, batch_size, rows_of, state, "samples")
 
 
-def measure_reference(instruments: Instruments, batch_size: int, state: PartialState) -> Rows:
+def measure_reference(
+    reference: Reference | None,
+    extractor: Extractor | None,
+    metrics: tuple[str, ...],
+    batch_size: int,
+    state: PartialState,
+) -> Rows:
     """What the metrics need of images of the reference; nothing where its file has it all."""
-    reference, extractor = instruments.reference, instruments.extractor
-    columns = set() if reference is None else reference.columns(instruments.metrics)
+    columns = set() if reference is None else reference.columns(metrics)
     if not columns:
         return {}
 

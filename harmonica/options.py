@@ -179,7 +179,7 @@ def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
     given.pop("dry_run", None)
     preset = given.pop("config", None)
     values = read_preset(cls, preset) if preset is not None else {}
-    if given.get("quick"):
+    if given.get("quick", values.get("quick")):
         values.update(cls.SMALL)
     for flags, replaced in cls.REPLACED_BY_FLAG:
         if given.keys() & set(flags):

@@ -1,6 +1,7 @@
 """Pictures of a run: router heat map, lambda curve, image grids."""
 
 import io
+import statistics
 from itertools import cycle
 from pathlib import Path
 
@@ -105,18 +106,26 @@ def pareto_plot(path: Path, results: list[dict]) -> None:
     """Quality against cost: a column per cost (MACs, time), a row per quality.
 
     Args:
-        results: cells of a comparison, see ``harmonica.comparison``. Only cells that were timed
-            are drawn. Methods that take fewer steps are lines, so that a point below them is
-            worth having.
+        results: cells of a comparison, see ``harmonica.comparison``. Errors are means over the
+            seeds of a method and level. Methods that take fewer steps are solid lines: a point
+            below them is worth having.
     """
+    seeds: dict[tuple, list[dict]] = {}
+    for result in results:
+        seeds.setdefault((result["method"], result["level"]), []).append(result)
     timed = [result for result in results if "measured_speedup" in result]
+
+    def error(result: dict, name: str) -> float | None:
+        found = [r[name]["mse_mean"] for r in seeds[result["method"], result["level"]] if name in r]
+        return statistics.fmean(found) if found else None
+
     costs = {
         "theoretical speed-up (MACs)": lambda r: r["theoretical_speedup"],
         "measured speed-up": lambda r: r["measured_speedup"]["ratio"],
     }
     qualities = {
-        "MSE to the uncached images": lambda r: r["against_uncached"]["mse_mean"],
-        "MSE to the exact solution": lambda r: r.get("against_exact", {}).get("mse_mean"),
+        "MSE to the uncached images": lambda r: error(r, "against_uncached"),
+        "MSE to the exact solution": lambda r: error(r, "against_exact"),
     }
     for name in sorted({name for result in timed for name in result["scores"]}):
         qualities[name] = lambda r, name=name: r["scores"].get(name)

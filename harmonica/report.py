@@ -57,9 +57,10 @@ def load_schedule(
         HarmonicaError: it does not.
     """
     if path.suffix == ".json":
-        if threshold is not None:
+        if threshold is not None or semantics != "harmonica":
             raise HarmonicaError(
-                f"--path {path} is a schedule, which has no scores for --threshold; pass the router"
+                f"--path {path} is a schedule, which has no scores for --threshold or --semantics; "
+                "pass the router"
             )
         schedule = Schedule.load(path)
         steps = len(backbone.sampler.timesteps)
@@ -113,8 +114,8 @@ def sample_and_report(config: SampleConfig) -> str:
     check_output(config.out, REPORT)
     device = select_device()
     backbone = load_backbone(config, device)
-    chosen = choose_plan(config, backbone)
     count, labels = choose_labels(config, backbone)
+    chosen = choose_plan(config, backbone)
     decode = load_decoder(config, device)
     draws, indices = Draws(config.seed, "sample"), range(count)
 

@@ -14,6 +14,7 @@ from harmonica.baselines.learning_to_cache import LearningToCache
 from harmonica.cache import Masking
 from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
+from harmonica.engine import EAGER
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
 from harmonica.labelled_images import LabelledImages
@@ -49,7 +50,8 @@ class Trainer:
         self.config = config
         self.accelerator = _accelerator(config)
         processes = self.accelerator.num_processes
-        halves = 1 if config.cfg_scale == 1.0 else 2
+        is_guided = config.cfg_scale != 1.0 and config.method == "harmonica"
+        halves = 2 if is_guided else 1
         self.samples = samples_per_process(
             config.global_batch_size, halves, processes, "--global-batch-size"
         )
@@ -90,11 +92,9 @@ class Trainer:
             LabelledImages(config.data, self.backbone.image_size),
             load_encoder(config, self.accelerator.device),
             Draws(config.global_seed, "train"),
-            # One row a sample: nothing is guided.
-            lambda number: self._indices(
-                number, config.global_batch_size // self.accelerator.num_processes
-            ),
+            lambda number: self._indices(number, self.samples),
             config.num_workers,
+            config.compares_all,
         )
 
     # Schedules.
@@ -343,6 +343,7 @@ class Trainer:
         )
         lambda_curve(directory.path / "lambda.png", self.refreshes)
         draws, indices = Draws(config.global_seed, "sample"), range(PREVIEW_IMAGES)
+        backbone = replace(backbone, how=EAGER)  # a preview is not worth compiling for
         rows = {
             name: self.decode(sample(backbone, choice, draws, indices, batch_size=self.samples))
             for name, choice in {"uncached": None, "with router": schedule}.items()

@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT, run_command
 from PIL import Image
 
+from harmonica.comparison.config import CompareConfig
 from harmonica.config import EvaluateConfig, SampleConfig, TrainConfig
 from harmonica.options import build_parser, resolve
 from harmonica.router import RouterFile, RouterInfo, load_router, save_router
@@ -229,7 +230,8 @@ def test_published_command_lines_parse(tmp_path):
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_preset_resolves_and_says_what_it_gave(preset, tmp_path):
-    done = run_command("train_router.py", "--config", preset, "--dry-run", cwd=tmp_path)
+    script = "scripts/compare.py" if preset.stem.startswith("compare") else "train_router.py"
+    done = run_command(script, "--config", preset, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     header = [line for line in preset.read_text().splitlines() if line.startswith("#")]
     assert any(preset.name in line or "demo.sh" in line for line in header)
@@ -271,6 +273,11 @@ def refusals(tmp_path):
         ([train, "--method", "learning-to-cache", "--data", "absent", "--target-cur", "0.2"],
          "--data absent"),
         ([train, "--data", "absent"], "--data"),
+        ([train, "--cuda-graphs"], "--cuda-graphs"),
+        (["scripts/compare.py", "--curs", "0.99"], "--curs 0.99"),
+        (["scripts/compare.py", "--methods", "guess"], "--methods guess"),
+        (["scripts/compare.py", "--exact-steps", "1"], "--exact-steps 1"),
+        (["scripts/compare.py", "--out", "foreign", "--num-images", "0"], "--out foreign"),
         ([sample, "--semantics", "ltc"], "--path"),
         ([sample, "--config", "empty.yaml"], "classes"),
         ([train, "--mixed-precision", "fp8"], "--mixed-precision"),
@@ -374,6 +381,7 @@ def test_documented_commands_resolve(command, tmp_path, monkeypatch):
     assert (ROOT / command[script]).is_file()
     kinds = {
         "train_router.py": TrainConfig, "sample.py": SampleConfig, "evaluate.py": EvaluateConfig,
+        "scripts/compare.py": CompareConfig,
     }  # fmt: skip
     if command[script] in kinds:
         kind = kinds[command[script]]

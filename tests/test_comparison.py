@@ -1,12 +1,13 @@
 """The comparison: every method on the same seeds, resumable, tabulated and drawn."""
 
 import json
+from dataclasses import replace
 
 import pytest
-import torch
 from conftest import ROOT, run_command
+from PIL import Image
 
-from harmonica.comparison.config import ALL_METHODS, Cell, CompareConfig
+from harmonica.comparison.config import ALL_METHODS, CompareConfig
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown
 from harmonica.errors import HarmonicaError
@@ -66,15 +67,12 @@ def test_finished_cells_are_not_computed_again(finished, monkeypatch):
     Comparison(finished).run()
     assert (finished.out / "comparison.json").read_text() == before
     # A cell that was lost is measured again.
-    (finished.out / "cells" / f"{Cell('random').key}.json").unlink(missing_ok=True)
     next((finished.out / "cells").glob("random*_seed1.json")).unlink()
     with pytest.raises(AssertionError, match="sampled again"):
         Comparison(finished).run()
 
 
 def test_a_folder_holds_one_comparison(finished, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(HarmonicaError, match="num_paired 2, not 3"):
         Comparison(replace(finished, num_paired=3)).run()
     (tmp_path / "thesis.tex").write_text("mine")
@@ -101,11 +99,51 @@ def test_a_line_of_the_table_is_the_mean_over_seeds(finished):
     assert f"{sum(means) / 2:.5f} ({min(means):.5f} to {max(means):.5f})" in line
 
 
-def test_the_exact_solution_is_reached_with_more_steps(finished):
-    results = json.loads((finished.out / "comparison.json").read_text())["results"]
-    assert results[0]["method"] == "uncached"
-    assert results[0]["against_exact"]["mse_mean"] > 0
-    assert torch.isfinite(torch.tensor(results[0]["against_exact"]["mse"])).all()
+def test_more_steps_come_nearer_to_the_exact_solution(tmp_path):
+    errors = []
+    for steps in (3, 6):
+        config = CompareConfig(
+            **{**TINY, "num_images": 0, "exact_steps": 30, "num_sampling_steps": steps},
+            methods=(), out=tmp_path / str(steps),
+        )  # fmt: skip
+        Comparison(config).run()
+        results = json.loads((config.out / "comparison.json").read_text())["results"]
+        errors.append(results[0]["against_exact"]["mse_mean"])
+    assert 0 < errors[1] < 0.7 * errors[0]
+
+
+def test_another_first_seed_is_timed_and_scored_too(finished):
+    Comparison(replace(finished, seeds=(1,))).run()
+    report = json.loads((finished.out / "comparison.json").read_text())
+    assert all("measured_speedup" in r for r in report["results"])
+
+
+def test_other_weights_need_another_folder(finished, monkeypatch):
+    other = Comparison(finished)
+    monkeypatch.setattr(other, "_provenance", lambda: {"weights_hash": "0" * 16})
+    with pytest.raises(HarmonicaError, match="weights_hash"):
+        other.run()
+
+
+def test_a_level_out_of_reach_is_said(tmp_path):
+    config = CompareConfig(
+        **{**TINY, "num_images": 0, "speedups": (1.2,)}, methods=("fora",), out=tmp_path / "out"
+    )
+    assert "left out: fora at --target-speedup 1.2" in Comparison(config).run()
+
+
+def test_a_reference_of_images_is_measured(tmp_path, labelled_images):
+    config = CompareConfig(
+        **{**TINY, "num_images": 4}, methods=(), reference=str(tmp_path / "pictures"),
+        metrics=("fid", "precision"), out=tmp_path / "out",
+    )  # fmt: skip
+    (tmp_path / "pictures").mkdir()
+    for i, path in enumerate(sorted(labelled_images.rglob("*.png"))):
+        with Image.open(path) as image:
+            image.resize((32, 32)).save(tmp_path / "pictures" / f"{i}.png")
+    Comparison(config).run()
+    report = json.loads((config.out / "comparison.json").read_text())
+    assert set(report["results"][0]["scores"]) == {"FID-cifar", "precision-cifar"}
 
 
 def test_quick_gives_way_to_flags_and_presets_to_quick():

@@ -54,19 +54,19 @@ def _fewer_steps(backbone: Backbone, budget: Budget, sampler: str) -> Plan:
 
 
 def fewer_steps(backbone: Backbone, budget: Budget, seed: int) -> Plan:
-    """The same sampler with as many steps as the budget allows; nothing is reused."""
+    """The same sampler with the number of steps nearest to the budget; nothing is reused."""
     return _fewer_steps(backbone, budget, backbone.sampler.name)
 
 
 def fewer_steps_of_dpm_solver(backbone: Backbone, budget: Budget, seed: int) -> Plan:
-    """DPM-Solver++ with as many steps as the budget allows: the rival that a user would pick."""
+    """DPM-Solver++ with the number of steps nearest to the budget: what a user would pick."""
     return _fewer_steps(backbone, budget, "dpm-solver++")
 
 
 def nearest_fora(backbone: Backbone, budget: Budget, seed: int) -> Plan:
     """FORA with the interval nearest to the budget."""
     steps, costs = _num_steps(backbone), backbone.costs
-    schedules = {n: fora(steps, costs, n) for n in range(1, steps + 1)}
+    schedules = {n: fora(steps, costs, n) for n in range(2, steps + 1)}
     interval = min(schedules, key=lambda n: budget.distance(schedules[n]))
     return Plan(backbone, schedules[interval], f"N = {interval}")
 

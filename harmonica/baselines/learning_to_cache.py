@@ -36,6 +36,7 @@ class LearningToCache:
     Args:
         encode: images (n, 3, H, W) in [-1, 1] to latents.
         global_indices: batch number to this process's sample indices.
+        compares_all: see ``Trajectories``.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LearningToCache:
         draws: Draws,
         global_indices: Callable[[int], range],
         num_workers: int,
+        compares_all: bool,
     ):
         classes = backbone.model.config.num_classes
         if len(images.classes) > classes:
@@ -55,6 +57,7 @@ class LearningToCache:
             )
         self.backbone, self.images, self.encode, self.draws = backbone, images, encode, draws
         self.global_indices, self.num_workers = global_indices, num_workers
+        self.compares_all = compares_all
         self.rows = alternate_rows(len(backbone.sampler.timesteps))
         self.alphas_bar = Diffusion.respaced(TRAIN_STEPS).alphas_bar
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
@@ -107,6 +110,7 @@ class LearningToCache:
             y=y.to(backbone.device),
             x_T=bar**0.5 * x0 + (1 - bar) ** 0.5 * noise,
             noise=lambda s: draws.step_noise(s, indices, backbone.latent_shape).to(x0.device),
+            compares_all=self.compares_all,
         )
 
 

@@ -7,6 +7,8 @@ from typing import ClassVar
 from harmonica.baselines import METHODS
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
+from harmonica.diffusion import TRAIN_STEPS
+from harmonica.errors import HarmonicaError
 from harmonica.metrics import METRICS
 from harmonica.options import option
 
@@ -39,7 +41,9 @@ class CompareConfig(BackboneConfig):
         aliases=("--num-samples",),
     )
     num_paired: int = option(512, "seeds whose images are compared with their own", low=1)
-    exact_steps: int = option(200, "DDIM steps of the exact solution; 0: none", low=0, high=1000)
+    exact_steps: int = option(
+        200, "DDIM steps of the exact solution; 0: none", low=0, high=TRAIN_STEPS
+    )
     seeds: tuple[int, ...] = option(
         (0, 1, 2), "seeds of training and of random schedules", low=0, many=True
     )
@@ -77,14 +81,26 @@ class CompareConfig(BackboneConfig):
         "train_updates": 95,
         "repeats": 1,
     }
+    REPLACED_BY_FLAG: ClassVar = ((("speedups", "curs"), ("speedups", "curs")),)
     # What may change between runs into the same folder.
-    FREE: ClassVar[set[str]] = {
-        "methods", "speedups", "curs", "seeds", "data", "batch_size", "out", "quick",
-    }  # fmt: skip
+    FREE: ClassVar[set[str]] = {"methods", "speedups", "curs", "seeds", "batch_size", "out"}
 
     def __post_init__(self):
         if self.speedups is None and self.curs is None:
             object.__setattr__(self, "speedups", (1.25, 1.5, 2.0, 2.5))
+
+    def check(self) -> None:
+        """Also: levels and numbers that can be sampled."""
+        super().check()
+        if self.exact_steps == 1:
+            raise HarmonicaError("--exact-steps 1 is no trajectory; use 0 or at least 2")
+        reach = 1 - 1 / self.num_sampling_steps
+        for cur in self.curs or ():
+            if cur > reach:
+                raise HarmonicaError(
+                    f"--curs {cur} is out of reach: with {self.num_sampling_steps} steps at most "
+                    f"{reach:.3f} can be reused; lower it or add steps"
+                )
 
     @property
     def levels(self) -> list[Budget]:

@@ -7,24 +7,28 @@ from functools import cached_property, partial
 
 import torch
 import yaml
+from accelerate import PartialState
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from harmonica.backbone import load_backbone, load_decoder
 from harmonica.baselines import METHODS, Plan
 from harmonica.baselines.fixed import evenly_spaced
+from harmonica.budget import Budget
 from harmonica.comparison.config import TRAINED, Cell, CompareConfig
 from harmonica.comparison.table import markdown
 from harmonica.config import TrainConfig
 from harmonica.engine import Engine
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, OutOfReach
+from harmonica.evaluation import measure_reference
 from harmonica.files import read_json, read_safetensors, write_atomically
 from harmonica.image_error import ImageError
+from harmonica.labelled_images import LabelledImages
 from harmonica.metrics.extractor import Extractor, load_extractor
-from harmonica.metrics.instruments import bundled_size, suitable_extractor
+from harmonica.metrics.instruments import bundled_size, check_size, suitable_extractor
 from harmonica.metrics.reference import Reference, open_reference
 from harmonica.metrics.scores import set_scores
-from harmonica.options import plain, to_yaml
+from harmonica.options import plain
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
 from harmonica.report import select_device
@@ -58,24 +62,27 @@ class Comparison:
         Raises:
             HarmonicaError: bad input, or a folder of another comparison.
         """
-        self._claim_folder()
-        if self.reference is not None:
-            _ = self.extractor  # what is missing is said before anything is sampled
-        results = [self._result(cell) for cell in self.cells()]
-        results = [result for result in results if "left_out" not in result]
+        # What is missing is said before anything is sampled.
+        provenance = self._provenance()
+        if "learning-to-cache" in self.config.methods and self.config.data is not None:
+            LabelledImages(self.config.data, self.backbone.image_size)
+        self._claim_folder("config.yaml", plain(self.config), self.config.FREE)
+        self._claim_folder("provenance.yaml", provenance, set())
+        results, left_out = [], []
+        for cell in self.cells():
+            try:
+                results.append(self._result(cell))
+            except OutOfReach as error:
+                left_out.append(f"{cell.method} at {cell.level}: {error}")
         table = markdown(results)
-        record = {
-            "config": plain(self.config),
-            "weights_hash": self.backbone.weights_hash,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "results": results,
-        }
+        record = {"config": plain(self.config), **provenance, "results": results}
+        record["left_out"] = left_out
         write_atomically(self.config.out / REPORT, json.dumps(record, indent=1).encode())
         write_atomically(self.config.out / "table.md", f"{table}\n".encode())
         picture = self.config.out / "pareto.png"
         pareto_plot(picture, results)
-        return f"{table}\n\n{self._footer()}\npicture: {picture}"
+        lines = [table, "", self._footer(), *(f"left out: {line}" for line in left_out)]
+        return "\n".join([*lines, f"picture: {picture}"])
 
     def cells(self) -> Iterator[Cell]:
         """Every cell of the comparison; only methods that draw or learn have several seeds."""
@@ -87,20 +94,38 @@ class Comparison:
                 for seed in self.config.seeds if Cell(method).has_seeds else (0,):
                     yield Cell(method, level, seed)
 
-    def _claim_folder(self) -> None:
-        """Keep cells of one configuration together."""
-        path, out = self.config.out / "config.yaml", self.config.out
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not path.is_file())):
+    def _provenance(self) -> dict[str, str | bool | None]:
+        """What cells depend on beside the options."""
+        has_reference = self.reference is not None
+        return {
+            "weights_hash": self.backbone.weights_hash,
+            "extractor": self.extractor.sha256 if has_reference else None,
+            "reference": self.reference.content_hash() if has_reference else None,
+            "device": self.device.type,
+            "torch": str(torch.__version__),
+            "compiles": self.backbone.how.compiles,
+            "captures": self.backbone.how.captures,
+        }
+
+    def _claim_folder(self, name: str, values: dict, free: set[str]) -> None:
+        """Keep cells of one configuration together: what is not ``free`` must not change.
+
+        Raises:
+            HarmonicaError: it did, or the folder holds something else.
+        """
+        path, out = self.config.out / name, self.config.out
+        is_ours = (out / "config.yaml").is_file()
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_ours)):
             raise HarmonicaError(f"--out {out} is no folder of a comparison; pass another")
         if path.is_file():
             earlier = yaml.safe_load(path.read_text())
-            for name, value in plain(self.config).items():
-                if name not in self.config.FREE and earlier.get(name) != value:
+            for key, value in values.items():
+                if key not in free and earlier.get(key) != value:
                     raise HarmonicaError(
-                        f"--out {out} holds a comparison with {name} {earlier.get(name)}, not "
+                        f"--out {out} holds a comparison with {key} {earlier.get(key)}, not "
                         f"{value}; pass another folder"
                     )
-        write_atomically(path, to_yaml(self.config).encode())
+        write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
 
     def _footer(self) -> str:
         config = self.config
@@ -119,21 +144,21 @@ class Comparison:
         """How a cell samples.
 
         Raises:
-            HarmonicaError: its level is out of its reach.
+            OutOfReach: no setting is near its level.
         """
         if cell.level is None:
             return self.uncached
         if cell.method in METHODS:
             plan = METHODS[cell.method](self.backbone, cell.level, cell.seed)
         else:
-            plan = Plan(self.backbone, self._trained_schedule(cell))
+            plan = Plan(self.backbone, *self._trained_schedule(cell))
         speedup = plan.speedup_over(self.uncached)
         exact = evenly_spaced(self.config.num_sampling_steps, self.backbone.costs, cell.level)
         if abs(speedup / exact.theoretical_speedup - 1) > TOLERANCE:
-            raise HarmonicaError(f"the nearest setting, {plan.setting}, gives {speedup:.2f}x")
+            raise OutOfReach(f"the nearest setting, {plan.setting}, gives {speedup:.2f}x")
         return plan
 
-    def _trained_schedule(self, cell: Cell) -> Schedule:
+    def _trained_schedule(self, cell: Cell) -> tuple[Schedule, str]:
         """A trained router cut at the cell's level; trained first, unless an earlier run did."""
         config, differences = self.config, TRAINED[cell.method]
         folder = config.out / "routers" / f"{cell.method}_seed{cell.seed}"
@@ -150,54 +175,65 @@ class Comparison:
                 results_dir=folder,
             )
             finished = [Trainer(training).run().router]
-        rows = SEMANTICS["ltc" if cell.method == "learning-to-cache" else "harmonica"]
-        logits = load_router(finished[0]).logits
-        return budget_schedule(logits, self.backbone.costs, cell.level, rows(len(logits)))
+        router = load_router(finished[0])
+        router.check(self.backbone.model, self.backbone.router_info())
+        logits, costs = router.logits, self.backbone.costs
+        rows = SEMANTICS["ltc" if cell.method == "learning-to-cache" else "harmonica"](len(logits))
+        try:
+            return budget_schedule(logits, costs, cell.level, rows), ""
+        except OutOfReach:
+            most = Budget(cur=len(rows) / len(logits))
+            return budget_schedule(logits, costs, most, rows), "all that it can reuse"
 
     # Measurements.
 
     def _result(self, cell: Cell) -> dict:
-        """What a cell gave, from its file if it is finished."""
+        """What a cell gave, as far as it is not in its file yet.
+
+        Raises:
+            OutOfReach: see ``plan``.
+        """
         path = self.config.out / "cells" / f"{cell.key}.json"
-        if path.is_file():
-            return read_json(path)
-        about = {
+        result = read_json(path) if path.is_file() else None
+        is_scored = not cell.has_seeds or cell.seed == self.config.seeds[0]
+        if result is not None and ("scores" in result or not is_scored):
+            return result
+        plan = self.plan(cell)
+        latents = self._latents(cell, plan)
+        result = {
             "method": cell.method,
             "level": None if cell.level is None else str(cell.level),
             "seed": cell.seed,
+            **self._errors(plan, latents),
         }
-        try:
-            plan = self.plan(cell)
-        except HarmonicaError as error:
-            if cell.level is None:
-                raise
-            result = {**about, "left_out": str(error)}
-        else:
-            result = {**about, **self._measured(cell, plan)}
+        if is_scored:
+            result["measured_speedup"] = self._measured_speedup(plan)
+            result["scores"] = self._scores(plan, latents, cell.key)
         write_atomically(path, json.dumps(result, indent=1).encode())
         return result
 
-    def _measured(self, cell: Cell, plan: Plan) -> dict:
-        is_first = cell.seed == (0 if cell.level is None else self.config.seeds[0])
-        count = self.config.num_paired
-        latents = self._sample(plan, 0, count, cell.key)
-        reference = self.uncached_latents if cell.level is not None else latents
-        error = ImageError.between(latents, reference, self.decode(latents), self.decode(reference))
-        result = {
+    def _latents(self, cell: Cell, plan: Plan) -> Tensor:
+        """Latents of the paired seeds."""
+        if cell.level is None:
+            return self.uncached_latents
+        return self._sample(plan, 0, self.config.num_paired, cell.key)
+
+    def _errors(self, plan: Plan, latents: Tensor) -> dict:
+        """What was done, and how far the paired images are from the uncached and exact ones."""
+        images = self.decode(latents)
+        against = {"against_uncached": (self.uncached_latents, self.uncached_images)}
+        if self.config.exact_steps:
+            against["against_exact"] = (self.exact_latents, self.exact_images)
+        return {
             "setting": plan.setting,
             "cur": None if plan.schedule is None else plan.schedule.cur,
             "schedule": None if plan.schedule is None else plan.schedule.to_dict(),
             "theoretical_speedup": plan.speedup_over(self.uncached),
-            "against_uncached": error.to_dict(),
+            **{
+                name: ImageError.between(latents, reference, images, others).to_dict()
+                for name, (reference, others) in against.items()
+            },
         }
-        if self.config.exact_steps:
-            exact = self.exact_latents
-            distances = ImageError.between(latents, exact, self.decode(latents), self.decode(exact))
-            result["against_exact"] = distances.to_dict()
-        if is_first or not cell.has_seeds:
-            result["measured_speedup"] = self._measured_speedup(plan)
-            result["scores"] = self._scores(plan, latents, cell.key)
-        return result
 
     def _sample(self, plan: Plan, start: int, stop: int, name: str) -> Tensor:
         indices, size = range(start, stop), self.config.batch_size
@@ -211,6 +247,14 @@ class Comparison:
     def exact_latents(self) -> Tensor:
         solver = create_sampler("ddim", self.config.exact_steps)
         return self._kept("exact", Plan(replace(self.backbone, sampler=solver)))
+
+    @cached_property
+    def uncached_images(self) -> Tensor:
+        return self.decode(self.uncached_latents)
+
+    @cached_property
+    def exact_images(self) -> Tensor:
+        return self.decode(self.exact_latents)
 
     def _kept(self, name: str, plan: Plan) -> Tensor:
         """Latents of the paired seeds, from the folder if an earlier run left them there."""
@@ -247,7 +291,7 @@ class Comparison:
             for latents in torch.cat([paired[:count], rest]).split(batch)
         ]
         rows = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
-        found = set_scores(rows, self.config.metrics, self.extractor, self.reference)
+        found = set_scores(rows, self.config.metrics, self.extractor, self.completed_reference)
         return {score.name: score.value for score in found}
 
     @property
@@ -272,8 +316,18 @@ class Comparison:
         return reference
 
     @cached_property
+    def completed_reference(self) -> Reference:
+        """With the features that have to be taken from its images."""
+        state = PartialState(cpu=self.device.type == "cpu")
+        rows = measure_reference(
+            self.reference, self.extractor, self.config.metrics, self.config.batch_size, state
+        )
+        return self.reference.completed(rows)
+
+    @cached_property
     def extractor(self) -> Extractor:
         name = suitable_extractor(self.reference, self._is_bundled)
+        check_size(name, (self.backbone.image_size,) * 2, self.reference, "the model's are")
         extractor = load_extractor(name, self.device)
         self.reference.check(extractor)
         return extractor

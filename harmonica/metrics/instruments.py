@@ -44,13 +44,14 @@ def choose_instruments(
     """
     is_bundled = subject.samples.size == bundled_size(config.model)
     reference = None
-    if config.reference is not None or is_bundled:
+    implied = is_bundled and config.extractor != "inception" and config.metrics != ("is",)
+    if config.reference is not None or implied:
         reference = open_reference(config.reference or "cifar10")
     metrics, left_out = _choose_metrics(config, subject, reference)
     extractor = None
     if metrics:
         name = config.extractor or suitable_extractor(reference, is_bundled)
-        _check_size(name, subject, reference)
+        check_size(name, subject.samples.size, reference)
         extractor = load_extractor(name, device)
         if reference is not None:
             reference.check(extractor)
@@ -105,16 +106,26 @@ def suitable_extractor(reference: Reference | None, is_bundled: bool) -> str:
     return "cifar" if is_bundled else "inception"
 
 
-def _check_size(name: str, subject: Subject, reference: Reference | None) -> None:
+def check_size(
+    name: str, size: tuple[int, int], reference: Reference | None, what: str = "the samples are"
+) -> None:
+    """Refuse images that an extractor does not take.
+
+    Args:
+        size: (height, width) of the images, called ``what`` in the refusal.
+
+    Raises:
+        HarmonicaError: they, or those of the reference, are of another size.
+    """
     side = KINDS[name].image_size
-    sets = [("the samples are", subject.samples.size)]
+    sets = [(what, size)]
     if reference is not None and reference.images is not None:
         sets.append((f"--reference {reference.name} is", reference.images.size))
-    for what, size in sets:
-        if side is not None and size != (side, side):
+    for subject, found in sets:
+        if side is not None and found != (side, side):
             raise HarmonicaError(
-                f"--extractor {name} takes images of {side}x{side} and {what} {pixels(size)}; use "
-                "--extractor inception"
+                f"--extractor {name} takes images of {side}x{side} and {subject} {pixels(found)}; "
+                "use --extractor inception"
             )
 
 
