@@ -119,6 +119,10 @@ def load_weights(model: DiT, path: Path, name: str) -> None:
     model.load_state_dict(state)
 
 
+def select_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _reduce_precision(model: DiT, dtype: torch.dtype) -> None:
     """Weights of matrix products in ``dtype``; embedding tables and positions stay float32."""
     for module in model.modules():

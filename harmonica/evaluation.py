@@ -18,8 +18,7 @@ from harmonica.metrics.reference import Reference
 from harmonica.metrics.scores import COLUMNS, PAIRED, all_scores, warnings_about
 from harmonica.metrics.subject import Subject, open_subject
 from harmonica.options import plain
-from harmonica.report import check_output
-from harmonica.run_directory import commit
+from harmonica.run_directory import check_output, commit
 
 REPORT = "evaluation.json"
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "torchmetrics")

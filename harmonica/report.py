@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +10,18 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from harmonica.backbone import Backbone, load_backbone, load_decoder
+from harmonica.backbone import Backbone, load_backbone, load_decoder, select_device
 from harmonica.baselines import METHODS, Plan
 from harmonica.config import SampleConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_json, write_atomically
+from harmonica.files import write_atomically
 from harmonica.image_error import ImageError
 from harmonica.options import plain
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
-from harmonica.router import load_router
-from harmonica.sampling import eight_bit, sample, trajectories
-from harmonica.schedule import Schedule
+from harmonica.run_directory import check_output
+from harmonica.sampling import eight_bit, load_schedule, sample, trajectories
 from harmonica.timing import Timing, timed
 
 REPORT = "report.json"
@@ -46,34 +44,6 @@ def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor
     return config.num_images, labels.repeat(-(-config.num_images // len(labels)))[
         : config.num_images
     ]
-
-
-def load_schedule(
-    path: Path, threshold: float | None, backbone: Backbone, semantics: str = "harmonica"
-) -> Schedule:
-    """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
-
-    Raises:
-        HarmonicaError: it does not.
-    """
-    if path.suffix == ".json":
-        if threshold is not None or semantics != "harmonica":
-            raise HarmonicaError(
-                f"--path {path} is a schedule, which has no scores for --threshold or --semantics; "
-                "pass the router"
-            )
-        schedule = Schedule.load(path)
-        steps = len(backbone.sampler.timesteps)
-        if (schedule.num_steps, schedule.costs) != (steps, backbone.costs):
-            raise HarmonicaError(
-                f"--path {path} is a schedule of {schedule.num_steps} steps and "
-                f"{len(schedule.costs.names)} branches, which does not fit --model "
-                f"{backbone.name} with --num-sampling-steps {steps}; pass the matching one"
-            )
-        return schedule
-    router = load_router(path)
-    router.check(backbone.model, backbone.router_info())
-    return router.to_schedule(backbone.costs, threshold, semantics)
 
 
 def save_images(folder: Path, images: Tensor) -> None:
@@ -163,31 +133,6 @@ def sample_and_report(config: SampleConfig) -> str:
     lines = [f"{'weights':38} {backbone.weights_hash}"]
     lines += _table(plan, Plan(backbone), times, error, len(indices[part]))
     return "\n".join([*lines, "pictures:", *(f"  {path}" for path in pictures)])
-
-
-def select_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_output(out: Path, report: str) -> None:
-    """Refuse a folder that cannot be written to or holds other files than an earlier run's.
-
-    Raises:
-        HarmonicaError: it is a file, holds something else, or cannot be written to.
-    """
-    if out.exists() and not out.is_dir():
-        raise HarmonicaError(f"--out {out} is a file; pass a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / report).exists():
-            raise HarmonicaError(
-                f"--out {out} holds files but no {report} of an earlier run; pass another folder"
-            )
-        earlier = read_json(out / report)
-        if not isinstance(earlier, dict) or "weights_hash" not in earlier:
-            raise HarmonicaError(f"--out {out} holds a foreign {report}; pass another folder")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise HarmonicaError(f"--out {out} cannot be written to; pass another folder")
 
 
 def _record(

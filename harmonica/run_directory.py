@@ -1,6 +1,7 @@
-"""The folder of a run: resolved config, commit, metrics, checkpoints, router, pictures."""
+"""Where output goes, and the folder of a run: config, metrics, checkpoints, router, pictures."""
 
 import json
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
-from harmonica.files import write_atomically
+from harmonica.files import read_json, write_atomically
 from harmonica.options import to_yaml
 
 _NAME = re.compile(r"\d{3,}-")
@@ -101,3 +102,24 @@ class RunDirectory:
                 f"cannot write {self.path / 'metrics.jsonl'} ({error.strerror}); make room and "
                 "start again"
             ) from None
+
+
+def check_output(out: Path, report: str) -> None:
+    """Refuse a folder that cannot be written to or holds other files than an earlier run's.
+
+    Raises:
+        HarmonicaError: it is a file, holds something else, or cannot be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise HarmonicaError(f"--out {out} is a file; pass a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / report).exists():
+            raise HarmonicaError(
+                f"--out {out} holds files but no {report} of an earlier run; pass another folder"
+            )
+        earlier = read_json(out / report)
+        if not isinstance(earlier, dict) or "weights_hash" not in earlier:
+            raise HarmonicaError(f"--out {out} holds a foreign {report}; pass another folder")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise HarmonicaError(f"--out {out} cannot be written to; pass another folder")

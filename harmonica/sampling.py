@@ -1,6 +1,7 @@
 """Sampling from a backbone, plainly or by replaying a schedule."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,8 +10,38 @@ from tqdm import tqdm
 from harmonica.backbone import Backbone
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
+from harmonica.errors import HarmonicaError
 from harmonica.randomness import Draws
+from harmonica.router import load_router
 from harmonica.schedule import Schedule
+
+
+def load_schedule(
+    path: Path, threshold: float | None, backbone: Backbone, semantics: str = "harmonica"
+) -> Schedule:
+    """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
+
+    Raises:
+        HarmonicaError: it does not.
+    """
+    if path.suffix == ".json":
+        if threshold is not None or semantics != "harmonica":
+            raise HarmonicaError(
+                f"--path {path} is a schedule, which has no scores for --threshold or --semantics; "
+                "pass the router"
+            )
+        schedule = Schedule.load(path)
+        steps = len(backbone.sampler.timesteps)
+        if (schedule.num_steps, schedule.costs) != (steps, backbone.costs):
+            raise HarmonicaError(
+                f"--path {path} is a schedule of {schedule.num_steps} steps and "
+                f"{len(schedule.costs.names)} branches, which does not fit --model "
+                f"{backbone.name} with --num-sampling-steps {steps}; pass the matching one"
+            )
+        return schedule
+    router = load_router(path)
+    router.check(backbone.model, backbone.router_info())
+    return router.to_schedule(backbone.costs, threshold, semantics)
 
 
 def trajectories(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from harmonica.backbone import DTYPES, Backbone, load_backbone
+from harmonica.backbone import DTYPES, Backbone, load_backbone, select_device
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
@@ -26,8 +26,7 @@ from harmonica.files import write_atomically
 from harmonica.options import option, parse, plain
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
-from harmonica.report import load_schedule, select_device
-from harmonica.sampling import trajectories
+from harmonica.sampling import load_schedule, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import Timing, timed
 

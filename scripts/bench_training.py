@@ -12,7 +12,7 @@ import time
 import torch
 
 from harmonica.config import TrainConfig
-from harmonica.errors import run_command
+from harmonica.errors import HarmonicaError, run_command
 from harmonica.options import parse
 from harmonica.trainer import Trainer
 
@@ -22,6 +22,8 @@ TRAJECTORIES = 6
 @run_command
 def bench() -> None:
     config = parse(TrainConfig, __doc__.split("\n")[0])
+    if config.method != "harmonica":
+        raise HarmonicaError(f"--method {config.method} has no trajectories to time; drop it")
     measure(Trainer(config))
 
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from harmonica.backbone import load_backbone, load_decoder
+from harmonica.backbone import load_backbone, load_decoder, select_device
 from harmonica.baselines import METHODS, Plan
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
@@ -31,7 +31,6 @@ from harmonica.metrics.scores import set_scores
 from harmonica.options import plain
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
-from harmonica.report import select_device
 from harmonica.router import SEMANTICS, budget_schedule, load_router
 from harmonica.samplers import create_sampler
 from harmonica.sampling import eight_bit, sample, trajectories

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image.lpip import _NoTrainLpips
 
 from harmonica.downloads import CACHE, verify
 from harmonica.errors import HarmonicaError
@@ -27,6 +26,8 @@ class Lpips:
     def __init__(self, weights: dict[str, Tensor], sha256: str, device: torch.device):
         self.sha256, self._device = sha256, device
         # The public class downloads AlexNet on its own; this one is given what was verified.
+        from torchmetrics.image.lpip import _NoTrainLpips
+
         network = _NoTrainLpips(net="alex", pnet_rand=True)
         network.net.load_state_dict(
             {

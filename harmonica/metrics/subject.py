@@ -9,7 +9,7 @@ from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import FolderImages, ImageSet, open_images, pixels
 from harmonica.metrics.sampled import SampledImages
-from harmonica.report import load_schedule
+from harmonica.sampling import load_schedule
 from harmonica.schedule import Schedule
 
 # The window of SSIM and the pools of LPIPS do not fit smaller images.
