@@ -238,8 +238,8 @@ class TrainConfig(BackboneConfig):
 
 
 @dataclass(frozen=True)
-class SampleConfig(BackboneConfig):
-    """Sampling with and without a router."""
+class ReplayConfig(BackboneConfig):
+    """A router to be replayed, and the schedule that is made of it."""
 
     path: Path | None = option(
         None, "router file, published .pt, schedule JSON, or run directory", aliases=("--router",)
@@ -251,6 +251,12 @@ class SampleConfig(BackboneConfig):
         low=0,
         high=1,
     )
+
+
+@dataclass(frozen=True)
+class SampleConfig(ReplayConfig):
+    """Sampling with and without a router."""
+
     semantics: str = option(
         "harmonica",
         "how scores are read; ltc: every other step computes all, as routers of Learning-to-Cache "
@@ -310,23 +316,11 @@ class SampleConfig(BackboneConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(BackboneConfig):
+class EvaluateConfig(ReplayConfig):
     """How good images are: files, or sampled with a router or without."""
 
     samples: Path | None = option(
         None, "images to judge: npz with arr_0 (N, H, W, 3) uint8, or a folder"
-    )
-    path: Path | None = option(
-        None,
-        "or sample them with this router file, schedule JSON or run directory",
-        aliases=("--router",),
-    )
-    threshold: float | None = option(
-        None,
-        "make the schedule from the scores; default: the exported one",
-        aliases=("--thres",),
-        low=0,
-        high=1,
     )
     uncached: bool = option(False, "or sample them from the backbone without a cache")
     num_images: int | None = option(

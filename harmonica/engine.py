@@ -154,6 +154,7 @@ class Engine:
 
     def __init__(self, schedule: Schedule | None, how: Acceleration = EAGER):
         self.schedule, self.how = schedule, how
+        self._plan: ReplayPlan | None = None
         self._seen: set[torch.Size] = set()
         self._captured: dict[torch.Size, CapturedTrajectory] = {}
 
@@ -171,11 +172,15 @@ class Engine:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper
         if self.schedule is not None and self.schedule.reuses == "blocks":
             return batch.walk(State(batch.x_T), BlockReplay(batch, self.schedule)).x
-        replay = PlannedReplay(batch, self._plan(batch), self.how)
+        replay = PlannedReplay(batch, self._plan_for(batch), self.how)
         return batch.walk(State(batch.x_T), replay.predict).x
 
-    def _plan(self, batch: Trajectories) -> ReplayPlan:
-        names = batch.model.branch_names
-        if self.schedule is not None:
-            return plan_replay(self.schedule.compute, names)
-        return plan_replay(np.ones((batch.num_steps, len(names)), dtype=bool), names)
+    def _plan_for(self, batch: Trajectories) -> ReplayPlan:
+        """Made at the first batch; the others are of the same model and number of steps."""
+        if self._plan is None:
+            names = batch.model.branch_names
+            compute = np.ones((batch.num_steps, len(names)), dtype=bool)
+            if self.schedule is not None:
+                compute = self.schedule.compute
+            self._plan = plan_replay(compute, names)
+        return self._plan

@@ -31,7 +31,7 @@ def output_changes(backbone: Backbone, seed: int) -> np.ndarray:
     """
     batch = trajectories(backbone, Draws(seed, "calibration"), range(CALIBRATION_SAMPLES))
     steps, branches = batch.num_steps, len(backbone.costs.names)
-    changes = np.full((steps, MAX_AGE, branches), np.nan)
+    changes: dict[tuple[int, int, int], Tensor] = {}
     history: list[list[Tensor]] = [[] for _ in range(branches)]
 
     def watching(s: int, i: int) -> Callable:
@@ -39,7 +39,7 @@ def output_changes(backbone: Backbone, seed: int) -> np.ndarray:
             value = fn(x)
             for k, earlier in enumerate(reversed(history[i])):
                 change = (value - earlier).float().abs().sum() / value.float().abs().sum()
-                changes[s, k, i] = change.item()
+                changes[s, k, i] = change
             history[i] = [*history[i], value][-MAX_AGE:]
             return value
 
@@ -47,7 +47,11 @@ def output_changes(backbone: Backbone, seed: int) -> np.ndarray:
 
     state = State(batch.x_T)
     batch.walk(state, lambda s, x: batch.predict(s, x, [watching(s, i) for i in range(branches)]))
-    return changes
+    # Read back from the device once, after the trajectory.
+    table = np.full((steps, MAX_AGE, branches), np.nan)
+    if changes:
+        table[tuple(np.array(list(changes)).T)] = torch.stack(list(changes.values())).cpu().numpy()
+    return table
 
 
 def smoothcache(changes: np.ndarray, costs: Costs, alpha: float) -> Schedule:
