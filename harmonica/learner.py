@@ -11,6 +11,7 @@ from harmonica.baselines.learning_to_cache import LearningToCache
 from harmonica.batches import Batches
 from harmonica.cache import Masking
 from harmonica.config import TrainConfig
+from harmonica.consensus import Consensus, Origin
 from harmonica.labelled_images import LabelledImages
 from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
 from harmonica.router import Router, budget_schedule, threshold_schedule
@@ -68,8 +69,8 @@ class StepwiseLearner:
     With a budget beta is steered to it; without one it stays as given.
     """
 
-    def __init__(self, config: TrainConfig, batches: Batches):
-        self.config, self.batches = config, batches
+    def __init__(self, config: TrainConfig, batches: Batches, consensus: Consensus):
+        self.config, self.batches, self.consensus = config, batches, consensus
         self.accelerator, self.backbone = batches.accelerator, batches.backbone
         halves = None if config.method == "harmonica" else 1
         self.samples = batches.samples(
@@ -149,12 +150,13 @@ class StepwiseLearner:
         student = Student(batch, self.router.logits(), self.masking())
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
-        image, output = self.accelerator.reduce(torch.stack([errors.image, errors.output]), "mean")
+        origin = Origin(f"the image-error weights of update {self.updates}", batch.indices)
+        image, output = self.consensus.mean(torch.stack([errors.image, errors.output]), origin)
         self.weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
         self.refreshes.append((self.updates, self.weights.tolist()))
 
     def update(self, step: StepError) -> tuple[Tensor, Tensor]:
-        """One AdamW step of one row.
+        """One AdamW step of one row, which all processes make or none.
 
         Returns:
             (3,) loss, teacher-student error, sum of scores; and (N,) what a unit of each score
@@ -164,7 +166,9 @@ class StepwiseLearner:
         loss = iepo_loss(step.error, step.scores, weight, self.beta.beta)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        row.grad = self.accelerator.reduce(row.grad, "mean")
+        where = f"step {step.s} of trajectory {self.trajectories}, update {self.updates}"
+        origin = Origin(where, step.indices, step.finite)
+        row.grad = self.consensus.average(row.grad, loss, origin)
         self.optimizer.step()
         self.router.clamp(step.s)
         self.updates += 1
@@ -213,12 +217,16 @@ class StepwiseLearner:
             "refresh_at": self.refresh_at,
             "weights": self.weights,
             "beta": self.beta.beta,
+            "method": self.method.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # these may be changed when a run goes on
+            group.update(lr=self.config.lr, eps=self.config.adam_eps)
         self.updates, self.trajectories = state["updates"], state["trajectories"]
         self.refreshes = [(update, list(weights)) for update, weights in state["refreshes"]]
         self.refresh_at, self.weights = state["refresh_at"], state["weights"]
         self.beta.beta = state["beta"]
+        self.method.load_state_dict(state["method"])

@@ -58,6 +58,7 @@ def trajectories(
         y=labels.to(device),
         x_T=draws.initial_noise(indices, shape).to(device),
         noise=lambda s: draws.step_noise(s, indices, shape).to(device),
+        indices=indices,
     )
 
 
