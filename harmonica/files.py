@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -135,6 +136,19 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise HarmonicaError(f"{path} is not readable JSON ({error}); export it again") from None
+
+
+def read_array(path: Path) -> tuple[np.ndarray, str]:
+    """The array of an ``.npy`` file, without Python objects, and the sha256 of the file."""
+    try:
+        content = Path(path).read_bytes()
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it holds several arrays")
+    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        raise HarmonicaError(f"{path} is not a whole npy file ({reason}); make it again") from None
+    return array, hashlib.sha256(content).hexdigest()
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

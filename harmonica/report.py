@@ -27,6 +27,17 @@ from harmonica.timing import Timing, timed
 REPORT = "report.json"
 
 
+def check_classes(config: SampleConfig, num_classes: int) -> None:
+    """Refuse classes that the model does not have.
+
+    Raises:
+        HarmonicaError: there is one.
+    """
+    wrong = [label for label in config.classes or () if not 0 <= label < num_classes]
+    if wrong:
+        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {num_classes - 1}")
+
+
 def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor | None]:
     """Number of images and their labels; None draws them from the seed."""
     num_classes = backbone.model.config.num_classes
@@ -35,9 +46,7 @@ def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor
             return config.num_images, None
         count = min(num_classes, 16)
         return count, torch.arange(count)
-    wrong = [label for label in config.classes if not 0 <= label < num_classes]
-    if wrong:
-        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {num_classes - 1}")
+    check_classes(config, num_classes)
     labels = torch.tensor(config.classes)
     if config.num_images is None:
         return len(labels), labels
