@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -107,8 +107,6 @@ def _prepare(config: SampleConfig, rank: Rank) -> tuple[Maker, Origin]:
     device = rank.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
     backbone = load_backbone(config, device)
     num_classes = backbone.model.config.num_classes
     check_classes(config, num_classes)
@@ -251,10 +249,12 @@ def sample_many(config: SampleConfig) -> str | None:
     if config.ddim_sample:
         config = replace(config, sampler="ddim")
     rank = Rank.of_environment()
-    maker, origin = _prepare(config, rank)
-    folder = ShardFolder(config.out, origin)
-    folder.refuse_foreign()
     with contextlib.ExitStack() as stack:
+        if rank.device.type == "cpu":
+            stack.enter_context(_one_thread())
+        maker, origin = _prepare(config, rank)
+        folder = ShardFolder(config.out, origin)
+        folder.refuse_foreign()
         if rank.is_main:
             _make_folder(config)
             stack.enter_context(held(config.out / ".lock", f"--out {config.out}"))
@@ -268,6 +268,17 @@ def sample_many(config: SampleConfig) -> str | None:
     if config.png:
         lines.append(f"PNG files: {folder.picture(0).parent}")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are made in an order that depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _make_folder(config: SampleConfig) -> None:
