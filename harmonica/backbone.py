@@ -201,7 +201,7 @@ def _load_vae(config: BackboneConfig, device: torch.device) -> Any:
 
     source = VAES.get(config.vae, config.vae)
     try:
-        return AutoencoderKL.from_pretrained(source).to(device).eval()
+        return AutoencoderKL.from_pretrained(source, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise HarmonicaError(

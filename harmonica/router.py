@@ -21,6 +21,7 @@ from harmonica.errors import HarmonicaError
 from harmonica.files import (
     existing_file,
     is_safetensors,
+    parse_json,
     read_safetensors,
     read_torch,
     write_atomically,
@@ -260,11 +261,11 @@ def _load_own(path: Path) -> RouterFile:
     if metadata.get("content_hash") != _content_hash(logits, schedule, info):
         raise HarmonicaError(f"{path} does not match its content hash; fetch or export it again")
     try:
-        fields = json.loads(info)
+        fields = parse_json(info, "its record")
         if fields["timesteps"] is not None:
             fields["timesteps"] = tuple(fields["timesteps"])
         record = RouterInfo(**fields)
-        table = Schedule.from_dict(json.loads(schedule)) if schedule else None
+        table = Schedule.from_dict(parse_json(schedule, "its schedule")) if schedule else None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HarmonicaError(f"{path} has malformed metadata ({error}); export it again") from None
     return RouterFile(logits, record, table)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import existing_file
+from harmonica.files import existing_file, read_text
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -16,10 +16,11 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         HarmonicaError: unreadable, or a line without a prompt.
     """
+    existing_file(path, "--prompts")
     try:
-        lines = existing_file(path, "--prompts").read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise HarmonicaError(f"--prompts {path} is not UTF-8 text; save it as such") from None
+        lines = read_text(path).splitlines()
+    except HarmonicaError as error:
+        raise HarmonicaError(f"--prompts {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise HarmonicaError(
@@ -51,7 +52,7 @@ class ClipScore:
                 "--prompts needs transformers; install the project with its extra [text]"
             ) from None
         try:
-            self._model = CLIPModel.from_pretrained(name).eval().to(device)
+            self._model = CLIPModel.from_pretrained(name, use_safetensors=True).eval().to(device)
             self._processor = CLIPProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:160]
