@@ -66,6 +66,13 @@ class Consensus:
             self._refuse(torch.cat([loss.detach()[None], gradient.flatten()]), origin)
         return packed[:-2].view_as(gradient)
 
+    def average_all(self, learning: Sequence[Tensor], loss: Tensor, origin: Origin) -> None:
+        """``average`` for the gradients of several parameters, in one collective."""
+        flat = torch.cat([parameter.grad.flatten() for parameter in learning])
+        parts = self.average(flat, loss, origin).split([p.numel() for p in learning])
+        for parameter, grad in zip(learning, parts, strict=True):
+            parameter.grad = grad.view_as(parameter)
+
     def mean(self, values: Tensor, origin: Origin) -> Tensor:
         """The mean over processes of finite values of any shape.
 

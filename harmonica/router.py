@@ -20,6 +20,7 @@ from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError
 from harmonica.files import (
     existing_file,
+    first_line,
     is_safetensors,
     parse_json,
     read_safetensors,
@@ -29,7 +30,7 @@ from harmonica.files import (
 from harmonica.flops import Costs
 from harmonica.schedule import Schedule
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no predictors: what is not computed takes the last value
 LOGIT_BOUND = 5.0
 
 
@@ -223,7 +224,10 @@ class RouterFile:
             return replace(self.schedule, costs=costs)
         if threshold is None:
             threshold = 0.1 if self.info.threshold is None else self.info.threshold
-        return threshold_schedule(self.logits, costs, threshold, rows)
+        schedule = threshold_schedule(self.logits, costs, threshold, rows)
+        if self.schedule is None:
+            return schedule
+        return replace(schedule, predictor=self.schedule.predictor)
 
 
 def _content_hash(logits: Tensor, schedule: str, info: str) -> str:
@@ -237,21 +241,26 @@ def save_router(path: Path, router: RouterFile) -> None:
     """Write a router file: safetensors, everything else in its metadata."""
     logits = router.logits.detach().float().cpu().contiguous()
     info = json.dumps(asdict(router.info), sort_keys=True)
-    schedule = "" if router.schedule is None else json.dumps(router.schedule.to_dict())
+    schedule, coefficients = "", {}
+    if router.schedule is not None:
+        schedule = json.dumps(router.schedule.to_dict())  # with a hash of the coefficients
+        coefficients = getattr(router.schedule.predictor, "tensors", {})
     metadata = {
         "format": f"harmonica-router-{FORMAT}",
         "info": info,
         "schedule": schedule,
         "content_hash": _content_hash(logits, schedule, info),
     }
-    write_atomically(path, safetensors_bytes({"logits": logits}, metadata))
+    write_atomically(path, safetensors_bytes({"logits": logits, **coefficients}, metadata))
 
 
 def _load_own(path: Path) -> RouterFile:
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != f"harmonica-router-{FORMAT}" or set(tensors) != {"logits"}:
+    known = [f"harmonica-router-{number}" for number in range(1, FORMAT + 1)]
+    if metadata.get("format") not in known or "logits" not in tensors:
         raise HarmonicaError(
-            f"{path} is not a router file of format {FORMAT}; pass one that train_router.py wrote"
+            f"{path} is not a router file of format 1 to {FORMAT}; pass one that train_router.py "
+            "wrote"
         )
     logits, info, schedule = (
         tensors["logits"],
@@ -265,10 +274,20 @@ def _load_own(path: Path) -> RouterFile:
         if fields["timesteps"] is not None:
             fields["timesteps"] = tuple(fields["timesteps"])
         record = RouterInfo(**fields)
-        table = Schedule.from_dict(parse_json(schedule, "its schedule")) if schedule else None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise HarmonicaError(f"{path} has malformed metadata ({error}); export it again") from None
+        read = parse_json(schedule, "its schedule") if schedule else None
+        table = None if read is None else Schedule.from_dict(read, tensors)
+        if table is not None and table.compute.shape != logits.shape:
+            raise ValueError("its schedule and its scores do not fit each other")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise HarmonicaError(
+            f"{path} has malformed metadata ({first_line(error)}); export it again"
+        ) from None
     return RouterFile(logits, record, table)
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a value is a plain tensor of real numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
 
 
 def _load_published(path: Path) -> RouterFile:
@@ -281,7 +300,7 @@ def _load_published(path: Path) -> RouterFile:
         raise HarmonicaError(f"{path} holds no router; pass a file that train_router.py wrote")
     rows = [content.get(f"{i}.prob") for i in range(len(content))]
     if (
-        not all(isinstance(row, Tensor) and row.is_floating_point() for row in rows)
+        not all(_is_row(row) for row in rows)
         or len({row.numel() for row in rows}) != 1
         or rows[0].numel() == 0
     ):

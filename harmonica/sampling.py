@@ -11,13 +11,18 @@ from harmonica.backbone import Backbone
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
+from harmonica.files import existing_file
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.schedule import Schedule
 
 
 def load_schedule(
-    path: Path, threshold: float | None, backbone: Backbone, semantics: str = "harmonica"
+    path: Path,
+    threshold: float | None,
+    backbone: Backbone,
+    semantics: str = "harmonica",
+    flag: str = "--path",
 ) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
 
@@ -25,21 +30,22 @@ def load_schedule(
         HarmonicaError: it does not.
     """
     if path.suffix == ".json":
+        existing_file(path, flag)
         if threshold is not None or semantics != "harmonica":
             raise HarmonicaError(
-                f"--path {path} is a schedule, which has no scores for --threshold or --semantics; "
+                f"{flag} {path} is a schedule, which has no scores for --threshold or --semantics; "
                 "pass the router"
             )
         schedule = Schedule.load(path)
         steps = len(backbone.sampler.timesteps)
         if (schedule.num_steps, schedule.costs) != (steps, backbone.costs):
             raise HarmonicaError(
-                f"--path {path} is a schedule of {schedule.num_steps} steps and "
+                f"{flag} {path} is a schedule of {schedule.num_steps} steps and "
                 f"{len(schedule.costs.names)} branches, which does not fit --model "
                 f"{backbone.name} with --num-sampling-steps {steps}; pass the matching one"
             )
         return schedule
-    router = load_router(path)
+    router = load_router(path, flag)
     router.check(backbone.model, backbone.router_info())
     return router.to_schedule(backbone.costs, threshold, semantics)
 

@@ -76,7 +76,9 @@ def learn_step(
         teacher = batch.predict(s, x)
     # Student.
     logits = router.row(s)
-    student = batch.predict(s, x, masking.branches(cache, s, logits))
+    branches = masking.branches(cache, s, logits)
+    student = batch.predict(s, x, branches)
+    masking.store(cache, s, branches)
     # Router update.
     finite = batch.finite(teacher) & batch.finite(student.detach())
     error = batch.output_error(teacher, student)
@@ -96,13 +98,13 @@ def train_trajectory(
     Teacher and student both start from the student's x_s, so errors of earlier reuse are in x and
     in the cache when later steps learn.
     """
-    cache = Cache(len(batch.model.branch_names))
+    cache = masking.cache()
 
     def predict(s: int, x: Tensor) -> Tensor:
         # The first step computes everything and fills the cache.
         if s == 0:
             with torch.no_grad():
-                return batch.predict(s, x, computing_branches(cache))
+                return batch.predict(s, x, computing_branches(cache, s))
         return learn_step(batch, s, x, cache, router, masking, update)
 
     return batch.walk(State(batch.x_T), predict, stop=stop)
@@ -129,9 +131,22 @@ class StepwiseDenoising(TrainingMethod):
         train_trajectory(self.batch(number), router, masking, update, stop)
 
 
-def router_optimizer(router: Router, lr: float, eps: float) -> torch.optim.AdamW:
-    """AdamW that keeps its state per row: a row without gradient is left alone, moments and all."""
-    return torch.optim.AdamW(router.parameters(), lr=lr, eps=eps, weight_decay=0.0)
+def router_optimizer(
+    router: Router,
+    lr: float,
+    eps: float,
+    coefficients: Sequence[Tensor] = (),
+    coefficient_lr: float = 0.0,
+) -> torch.optim.AdamW:
+    """AdamW that keeps its state per row: a row without gradient is left alone, moments and all.
+
+    Args:
+        coefficients: of a predictor, rows too, with a learning rate of their own.
+    """
+    groups = [{"params": list(router.parameters()), "lr": lr}]
+    if coefficients:
+        groups.append({"params": list(coefficients), "lr": coefficient_lr})
+    return torch.optim.AdamW(groups, eps=eps, weight_decay=0.0)
 
 
 class BetaControl:

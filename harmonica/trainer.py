@@ -19,12 +19,13 @@ from harmonica.errors import HarmonicaError
 from harmonica.interruption import Interruption
 from harmonica.learner import Learner, StepwiseLearner
 from harmonica.options import plain
-from harmonica.plots import comparison, lambda_curve, router_heatmap
+from harmonica.plots import comparison, router_heatmap
 from harmonica.progress import Progress
 from harmonica.randomness import Draws
 from harmonica.router import RouterFile, save_router
 from harmonica.run_directory import RunDirectory
-from harmonica.sampling import sample
+from harmonica.sampling import load_schedule, sample
+from harmonica.trajectory_learner import TrajectoryLearner
 
 PREVIEW_IMAGES = 12
 CHECKPOINT_FORMAT = 1
@@ -43,7 +44,13 @@ class Trainer:
         batches = Batches(self.accelerator, self.backbone, config.global_seed, config.compares_all)
         self.interruption = Interruption()
         consensus = Consensus(self.accelerator, self.interruption)
-        self.learner: Learner = StepwiseLearner(config, batches, consensus)
+        frozen = None
+        if config.freeze_schedule is not None:
+            frozen = load_schedule(
+                config.freeze_schedule, None, self.backbone, flag="--freeze-schedule"
+            )
+        kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
+        self.learner: Learner = kind(config, batches, consensus, frozen)
 
     def run(self) -> RunDirectory | None:
         """Train, export, draw; the run directory on the main process, None on the others.
@@ -65,7 +72,8 @@ class Trainer:
                 if state is not None:
                     self._load_state(state)
                 with progress.secured():
-                    self._train(progress, min(limits))
+                    self._train(progress, min(limits) if self.learner.learns else 0)
+                self.learner.finish()
                 self._export(progress.directory)
             finally:
                 self.accelerator.end_training()
@@ -198,7 +206,7 @@ class Trainer:
             schedule,
             f"{config.model}, {config.sampler}, T = {config.num_sampling_steps}",
         )
-        lambda_curve(directory.path / "lambda.png", self.learner.refreshes)
+        self.learner.draw(directory.path)
         draws, indices = Draws(config.global_seed, "sample"), range(PREVIEW_IMAGES)
         backbone = replace(backbone, how=EAGER)  # a preview is not worth compiling for
         rows = {

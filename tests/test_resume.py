@@ -112,8 +112,11 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(whole, tmp_
         train(tmp_path, max_steps=7, resume="auto")
 
 
-def test_learning_to_cache_in_parts_ends_like_one(tmp_path, labelled_images):
-    options = {"method": "learning-to-cache", "data": str(labelled_images), "target_cur": 0.2}
+@pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])
+def test_every_way_of_learning_in_parts_ends_like_one(way, tmp_path, labelled_images):
+    options = {"objective": "trajectory", "predictor": "learned", "held_out_batch_size": 2}
+    if way == "learning-to-cache":
+        options = {"method": way, "data": str(labelled_images), "target_cur": 0.2}
     one = train(tmp_path / "one", max_steps=4, **options)
     two = train(tmp_path / "two", max_steps=3, **options)
     train(tmp_path / "two", max_steps=4, resume="auto", **options)

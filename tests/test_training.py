@@ -120,10 +120,11 @@ def test_learning_to_cache_compares_at_noised_images(tmp_path, labelled_images):
     times = [torch.full((4,), t) for t in backbone.sampler.timesteps]
     cache = Cache(24)
     with torch.no_grad():
-        output = backbone.model(x.float(), times[s - 1], y, replay_branches(cache, [True] * 24))
+        computing = replay_branches(cache, s - 1, [True] * 24)
+        output = backbone.model(x.float(), times[s - 1], y, computing)
         x = backbone.sampler.step(s - 1, State(x.float()), output[:, :3], None).x
         weights = learner.router.row(s).sigmoid()
-        blends = [Blend(cache, i, weight, False, True) for i, weight in enumerate(weights)]
+        blends = [Blend(cache.predict(i, s), weight) for i, weight in enumerate(weights)]
         error = backbone.model(x, times[s], y) - backbone.model(x, times[s], y, blends)
     assert found[0].error.item() == pytest.approx(error.square().mean().item(), rel=1e-4)
 

@@ -90,7 +90,7 @@ class LearningToCache(TrainingMethod):
             # Every process draws the same row, so that its gradient can be averaged.
             s = self.rows[int(self.draws.integers("row", [k], count))]
             batch = self._noised(s - 1, k, *next(self._batches))
-            cache = Cache(len(batch.model.branch_names))
+            cache = masking.cache()
             learn_step(batch, s, _filled(batch, s, cache), cache, router, masking, update)
 
     def _noised(self, s: int, number: int, images: Tensor, labels: Tensor) -> Trajectories:
@@ -120,6 +120,6 @@ def _filled(batch: Trajectories, s: int, cache: Cache) -> Tensor:
     """x_s, after step s - 1 has computed everything and filled the cache."""
 
     def predict(step: int, x: Tensor) -> Tensor:
-        return batch.predict(step, x, computing_branches(cache))
+        return batch.predict(step, x, computing_branches(cache, step))
 
     return batch.walk(State(batch.x_T), predict, start=s - 1, stop=s).x
