@@ -45,7 +45,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def rounds(request) -> int:
     """Of every random fault."""
-    return 20 if request.config.getoption("--soak") else 3
+    return int(os.environ.get("ROUNDS", 20)) if request.config.getoption("--soak") else 3
 
 
 class Faults:

@@ -6,6 +6,7 @@ can do nothing else.
 
 from harmonica.files.npz import Npz, NpzArray
 from harmonica.files.reading import (
+    confined_extraction,
     existing_file,
     first_line,
     is_safetensors,
@@ -34,6 +35,7 @@ __all__ = [
     "Npz",
     "NpzArray",
     "atomic_file",
+    "confined_extraction",
     "existing_file",
     "first_line",
     "is_safetensors",

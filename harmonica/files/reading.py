@@ -4,11 +4,14 @@ What is wrong with a file is said in one sentence; nothing else is raised.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
 import os
+import tarfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -142,6 +145,20 @@ def read_torch(source: Path | IO[bytes], name: str | None = None) -> Any:
             f"{name or source} is not a weights-only PyTorch file and was not loaded "
             f"({first_line(error)}); use the original file or a safetensors copy"
         ) from None
+
+
+@contextlib.contextmanager
+def confined_extraction() -> Iterator[None]:
+    """Archives that libraries unpack meanwhile put nothing outside of their folder."""
+    earlier = tarfile.TarFile.__dict__.get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        if earlier is None:
+            del tarfile.TarFile.extraction_filter
+        else:
+            tarfile.TarFile.extraction_filter = earlier
 
 
 def is_safetensors(path: Path) -> bool:
