@@ -251,3 +251,61 @@ def test_elastic_restarts_go_on(tmp_path, faults):
     lines = (run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in lines] == list(range(2, 17, 2))
     faults.add("restart by torchrun", 1)
+
+
+def stand_ins_for_slurm(folder: Path) -> dict[str, str]:
+    """One node: srun starts the one task here, scontrol knows the host and notes a requeue."""
+    scripts = {
+        "bin/srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "bin/scontrol": 'case "$1" in show) echo 127.0.0.1;; *) echo "$@" >> requeued;; esac',
+        ".venv/bin/python": f'exec {sys.executable} "$@"',
+    }
+    for name, line in scripts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    for name in ("train_router.py", "sample.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return {
+        **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT), "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
+    }  # fmt: skip
+
+
+def test_a_preempted_job_comes_back(tmp_path, request, faults):
+    if not request.config.getoption("--soak"):
+        pytest.skip("the launch scripts are tried in the nightly form")
+    environment = stand_ins_for_slurm(tmp_path)
+
+    def job(script: str, *arguments) -> subprocess.Popen:
+        return subprocess.Popen(
+            [str(ROOT / "scripts" / script), *map(str, arguments)], cwd=tmp_path, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    training = [*TRAIN[:-4], "--results-dir", "runs"]
+    first = job("slurm_train.sh", *training, "--max-steps", "400")
+    while updates(tmp_path) < 6:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGUSR1)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode != 0 and "stopped by SIGTERM" in said, said
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    done = updates(tmp_path)
+    second = job("slurm_train.sh", *training, "--max-steps", done + 4)
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0 and "going on from" in said, said
+
+    many = [*SAMPLE[:5], "4000", *SAMPLE[6:]]
+    first = job("slurm_sample.sh", *many)
+    while len(list((tmp_path / "out" / "shards").glob("*.json"))) < 2:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGUSR1)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode != 0 and "run the same command again" in said, said
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
+    faults.add("preemption of a Slurm job", 2)
