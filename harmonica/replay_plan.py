@@ -2,9 +2,11 @@
 
 A branch's value is kept only if a later step reads it before it is computed again, and dropped at
 its last reading. Reused branches that follow each other are added in one pass. Nothing of a block
-whose branches are all reused runs but that addition.
+whose branches are all reused runs but that addition, and what is outside of its branches: its end
+of a long skip connection.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +39,28 @@ class Add:
 
 
 @dataclass(frozen=True)
-class ReplayPlan:
-    """Operations of every step, and the most values that are kept at once."""
+class Keep:
+    """Keep the stream as it is after a block, for the long skip that starts there."""
 
-    steps: tuple[tuple[Compute | Add, ...], ...]
+    block: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """Mix the output of an earlier block into the stream, before the branches of a block."""
+
+    block: int
+    source: int
+
+
+Operation = Compute | Add | Keep | Join
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Operations of every step, and the most values that are kept at once between steps."""
+
+    steps: tuple[tuple[Operation, ...], ...]
     peak_values: int
 
 
@@ -57,14 +77,24 @@ def _read_later(compute: np.ndarray) -> np.ndarray:
     return ~following
 
 
-def plan_replay(compute: np.ndarray, names: tuple[str, ...]) -> ReplayPlan:
-    """The plan of decisions (T, N) bool about branches with these names."""
+def plan_replay(
+    compute: np.ndarray, names: tuple[str, ...], joins: Mapping[int, int] | None = None
+) -> ReplayPlan:
+    """The plan of decisions (T, N) bool about branches with these names.
+
+    Args:
+        joins: long skip connections, block to the earlier block that it takes in.
+    """
+    joins = {} if joins is None else joins
     places = places_of(names)
+    ends = {block: i for i, (block, _) in enumerate(places)}
     is_read = _read_later(compute)
     steps = []
     for s, row in enumerate(compute):
-        operations: list[Compute | Add] = []
+        operations: list[Operation] = []
         for i, (block, k) in enumerate(places):
+            if k == 0 and block in joins:
+                operations.append(Join(block, joins[block]))
             last = operations[-1] if operations else None
             if row[i] and isinstance(last, Compute) and last.block == block:
                 operations[-1] = Compute(block, (*last.branches, (i, k, bool(is_read[s, i]))))
@@ -75,18 +105,20 @@ def plan_replay(compute: np.ndarray, names: tuple[str, ...]) -> ReplayPlan:
                 before = last if isinstance(last, Add) else Add((), ())
                 joined = Add((*before.branches, (i, block, k)), (*before.dropped, *dropped))
                 operations[-1:] = [joined] if isinstance(last, Add) else [*operations[-1:], joined]
+            if i == ends[block] and block in joins.values():
+                operations.append(Keep(block))
         steps.append(tuple(operations))
     return ReplayPlan(tuple(steps), _peak(steps))
 
 
-def _peak(steps: list[tuple[Compute | Add, ...]]) -> int:
+def _peak(steps: list[tuple[Operation, ...]]) -> int:
     """Most values kept at once, walking the plan."""
     kept: set[int] = set()
     peak = 0
     for operation in (operation for step in steps for operation in step):
         if isinstance(operation, Add):
             kept -= set(operation.dropped)
-        else:
+        elif isinstance(operation, Compute):
             kept |= {i for i, _, keeps in operation.branches if keeps}
         peak = max(peak, len(kept))
     return peak
