@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import relative
 from families import CONFIGS, tiny, tiny_trajectories
 
 from harmonica.baselines.fixed import fora, random_schedule
@@ -12,6 +13,7 @@ from harmonica.budget import Budget
 from harmonica.cache import Cache, replay_branches
 from harmonica.engine import Engine, PlannedReplay
 from harmonica.flops import measure_costs
+from harmonica.predictors import Extrapolation
 from harmonica.replay_plan import Add, Join
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
@@ -22,10 +24,10 @@ every_family = pytest.mark.parametrize("family", CONFIGS)
 
 def by_branches(batch, schedule: Schedule) -> torch.Tensor:
     """What the model's own forward makes of caching branches."""
-    cache = Cache(len(batch.model.branch_names))
+    cache = Cache(len(batch.model.branch_names), schedule.predictor)
 
     def predict(s, x):
-        return batch.predict(s, x, replay_branches(cache, schedule.compute[s]))
+        return batch.predict(s, x, replay_branches(cache, s, schedule.compute[s]))
 
     return batch.walk(State(batch.x_T), predict).x
 
@@ -41,6 +43,8 @@ def test_planned_replay_equals_caching_branches_bit_for_bit(family):
     plain = batch.walk(State(batch.x_T), batch.predict).x
     assert torch.equal(Engine(None)(batch), plain)
     assert not torch.allclose(Engine(schedules[1])(batch), plain)
+    forecast = replace(schedules[1], predictor=Extrapolation(1, tuple(range(5))))
+    assert relative(Engine(forecast)(batch), by_branches(batch, forecast)) < 1e-5
 
 
 @every_family
@@ -114,7 +118,7 @@ def test_a_reused_block_of_uvit_runs_its_skip_connection_alone():
     }
     assert set(counts.values()) == {1, 5}
     # Sums are cut where a long skip starts or ends, and nowhere else.
-    plan = engine._plan_for(batch)
+    plan = engine._recipe_for(batch).plan
     assert [len(o.branches) for o in plan.steps[1] if isinstance(o, Add)] == [2, 2, 2, 2, 2]
     assert [(o.block, o.source) for o in plan.steps[1] if isinstance(o, Join)] == [(3, 1), (4, 0)]
 
@@ -124,7 +128,7 @@ def test_a_reused_block_of_uvit_runs_its_skip_connection_alone():
 def test_nothing_is_kept_after_a_trajectory(family):
     batch = tiny_trajectories(family)
     schedule = random_schedule(5, measure_costs(batch.model), Budget(cur=0.6), seed=3)
-    replay = PlannedReplay(batch, Engine(schedule)._plan_for(batch), Engine(None).how)
+    replay = PlannedReplay(batch, Engine(schedule)._recipe_for(batch), Engine(None).how)
     batch.walk(State(batch.x_T), replay.predict)
     assert not replay.kept
 
