@@ -1,61 +1,44 @@
 """The two caching branches: Blend, for training, and Replay, which decides.
 
-Both stand on a :class:`Cache`, which holds the last value of every branch along one trajectory
+Both stand on a :class:`Cache`, which holds the last values of every branch along one trajectory
 and is dropped with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harmonica.predictors import LAST, Predictor, combine
 from models.branch import Branch
 
 MASKS = ("soft", "hard")
 
 
-class Predictor(Protocol):
-    """What a skipped branch returns, from the values computed before.
-
-    Attributes:
-        depth: how many computed values the cache must keep.
-    """
-
-    depth: int
-
-    def __call__(self, values: tuple[Tensor, ...]) -> Tensor: ...
-
-
-class LastValue:
-    """The published predictor: the last computed value, unchanged."""
-
-    depth = 1
-
-    def __call__(self, values: tuple[Tensor, ...]) -> Tensor:
-        return values[-1]
-
-
 class Cache:
-    """Computed values per branch along one trajectory, oldest first, at most ``predictor.depth``.
+    """Computed values per branch along one trajectory, as many as the predictor asks for.
 
     Tensors in it are never written in place: ``branched`` copies references only.
     """
 
-    def __init__(self, num_branches: int, predictor: Predictor | None = None):
-        self.predictor = predictor or LastValue()
-        self._values: list[tuple[Tensor, ...]] = [()] * num_branches
+    def __init__(self, num_branches: int, predictor: Predictor = LAST):
+        self.predictor = predictor
+        # Per branch (step, value), newest first.
+        self._values: list[tuple[tuple[int, Tensor], ...]] = [()] * num_branches
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def store(self, i: int, value: Tensor) -> None:
-        self._values[i] = (*self._values[i], value)[-self.predictor.depth :]
+    def store(self, i: int, s: int, value: Tensor) -> None:
+        """What branch i computed at step s."""
+        self._values[i] = ((s, value), *self._values[i])[: self.predictor.depth]
 
-    def predict(self, i: int) -> Tensor:
-        return self.predictor(self._values[i])
+    def predict(self, i: int, s: int) -> Tensor:
+        """What stands in for branch i at step s."""
+        steps, values = zip(*self._values[i], strict=True)
+        return combine(self.predictor.weights(s, i, steps), values)
 
     def is_empty(self, i: int) -> bool:
         return not self._values[i]
@@ -70,53 +53,49 @@ class Cache:
 class Replay:
     """Hard choice: compute and store, or return what the predictor makes of the cache."""
 
-    def __init__(self, cache: Cache, i: int, computes: bool):
-        self.cache, self.i, self.computes = cache, i, computes
+    def __init__(self, cache: Cache, i: int, s: int, computes: bool):
+        self.cache, self.i, self.s, self.computes = cache, i, s, computes
 
     def __call__(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not self.computes:
-            return self.cache.predict(self.i)
+            return self.cache.predict(self.i, self.s)
         value = fn(x)
-        self.cache.store(self.i, value)
+        self.cache.store(self.i, self.s, value)
         return value
 
 
 class Blend:
     """Soft choice, HarmoniCa eq. 3: ``weight * f(x) + (1 - weight) * cached``.
 
-    Gradients reach ``weight`` but not the cache: what is stored is detached. Where nothing is
-    cached yet the branch computes plainly.
+    It only remembers what it computed: the cache is written after the step, so that a step can run
+    again for its gradients, and in compiled blocks.
 
     Args:
+        cached: what stands in for f(x); None computes plainly.
         weight: () router score in [0, 1], differentiable.
-        replaces: whether the cache takes a new value (score above the threshold).
-        stores_fresh: store f(x), as in replay, rather than the blend, as published.
     """
 
-    def __init__(self, cache: Cache, i: int, weight: Tensor, replaces: bool, stores_fresh: bool):
-        self.cache, self.i, self.weight = cache, i, weight
-        self.replaces, self.stores_fresh = replaces, stores_fresh
+    def __init__(self, cached: Tensor | None, weight: Tensor):
+        self.cached, self.weight = cached, weight
+        self.fresh: Tensor | None = None
+        self.blended: Tensor | None = None
 
     def __call__(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        value = fn(x)
-        blended = value
-        if not self.cache.is_empty(self.i):
-            cached = self.cache.predict(self.i)
-            weight = self.weight.to(value.dtype)
-            blended = weight * value + (1 - weight) * cached
-        if self.replaces:
-            self.cache.store(self.i, (value if self.stores_fresh else blended).detach())
+        value = blended = fn(x)
+        if self.cached is not None:
+            blended = torch.lerp(self.cached, value, self.weight.to(value.dtype))
+        self.fresh, self.blended = value.detach(), blended.detach()
         return blended
 
 
-def computing_branches(cache: Cache) -> list[Branch]:
+def computing_branches(cache: Cache, s: int) -> list[Branch]:
     """Branches of a step that computes everything and fills the cache."""
-    return replay_branches(cache, [True] * len(cache))
+    return replay_branches(cache, s, [True] * len(cache))
 
 
-def replay_branches(cache: Cache, row: Sequence[bool]) -> list[Branch]:
-    """One Replay per branch for a step whose schedule row is ``row``."""
-    return [Replay(cache, i, bool(computes)) for i, computes in enumerate(row)]
+def replay_branches(cache: Cache, s: int, row: Sequence[bool]) -> list[Branch]:
+    """One Replay per branch for step s, whose schedule row is ``row``."""
+    return [Replay(cache, i, s, bool(computes)) for i, computes in enumerate(row)]
 
 
 @dataclass(frozen=True)
@@ -135,15 +114,19 @@ class Masking:
     kind: str
     stores_fresh: bool
 
-    def branches(self, cache: Cache, s: int, logits: Tensor) -> list[Branch]:
+    def branches(self, cache: Cache, s: int, logits: Tensor) -> list[Blend]:
         """Branches of step s, whose router row is ``logits`` (N,)."""
         weights = logits.sigmoid()
         if self.kind == "hard":
             decided = torch.tensor(self.computes[s], dtype=weights.dtype, device=weights.device)
             weights = decided + (weights - weights.detach())
         return [
-            Blend(cache, i, weight, bool(replaces), self.stores_fresh)
-            for i, (weight, replaces) in enumerate(
-                zip(weights.unbind(), self.computes[s], strict=True)
-            )
+            Blend(None if cache.is_empty(i) else cache.predict(i, s), weight)
+            for i, weight in enumerate(weights.unbind())
         ]
+
+    def store(self, cache: Cache, s: int, branches: Iterable[Blend]) -> None:
+        """After step s has run with these branches: what counts as computed enters the cache."""
+        for i, branch in enumerate(branches):
+            if self.computes[s, i]:
+                cache.store(i, s, branch.fresh if self.stores_fresh else branch.blended)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from harmonica.block_reuse import BlockReplay
 from harmonica.denoise import Trajectories
-from harmonica.replay_plan import Add, Compute, ReplayPlan, plan_replay
+from harmonica.predictors import LAST
+from harmonica.replay_plan import Add, Compute, plan_replay
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from models.dit import Conditioning
@@ -60,6 +61,41 @@ def add_gated(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
     return x
 
 
+def add_weighted(
+    x: Tensor, gates: list[Tensor], weights: list[Tensor], values: list[Tensor]
+) -> Tensor:
+    """x + sum of gate * weight * value, in this order; weights are () or (d,)."""
+    for gate, weight, value in zip(gates, weights, values, strict=True):
+        x = gated(x, gate * weight, value)
+    return x
+
+
+class Recipe:
+    """A schedule made ready for a model: its plan, and the predictor's weights on the device."""
+
+    def __init__(self, schedule: Schedule | None, batch: Trajectories):
+        names, predictor = batch.model.branch_names, LAST
+        compute = np.ones((batch.num_steps, len(names)), dtype=bool)
+        if schedule is not None:
+            compute, predictor = schedule.compute, schedule.predictor
+        self.plan = plan_replay(compute, names, predictor.depth)
+        self.is_weighted = predictor != LAST
+        self._weights: dict[tuple[int, int], list[Tensor]] = {}
+        operations = ((s, op) for s, step in enumerate(self.plan.steps) for op in step)
+        for s, operation in operations:
+            if self.is_weighted and isinstance(operation, Add):
+                for i, _, _, steps in operation.branches:
+                    weights = predictor.weights(s, i, steps)
+                    self._weights[s, i] = [
+                        torch.as_tensor(w, dtype=torch.float32).squeeze().to(batch.x_T.device)
+                        for w in weights
+                    ]
+
+    def weights(self, s: int, operation: Add) -> list[Tensor]:
+        """One per value that the operation reads, in its order."""
+        return [weight for i, *_ in operation.branches for weight in self._weights[s, i]]
+
+
 @cache
 def _compiled(function: Callable) -> Callable:
     """One graph per choice of branches or number of addends, and shape; shared by all blocks."""
@@ -70,9 +106,9 @@ def _compiled(function: Callable) -> Callable:
 class PlannedReplay:
     """One trajectory of a planned schedule; built for it and dropped with it."""
 
-    def __init__(self, batch: Trajectories, plan: ReplayPlan, how: Acceleration):
-        self.batch, self.plan, self.compiles = batch, plan, how.compiles
-        self.kept: dict[int, Tensor] = {}
+    def __init__(self, batch: Trajectories, recipe: Recipe, how: Acceleration):
+        self.batch, self.recipe, self.compiles = batch, recipe, how.compiles
+        self.kept: dict[tuple[int, int], Tensor] = {}  # (branch, step it was computed at)
 
     def predict(self, s: int, x: Tensor) -> Tensor:
         """Guided output of evaluation s."""
@@ -81,34 +117,39 @@ class PlannedReplay:
     def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
         model = self.batch.model
         x = model.embed(x)
-        for operation in self.plan.steps[s]:
+        for operation in self.recipe.plan.steps[s]:
             if isinstance(operation, Compute):
-                x = self._compute(operation, x, conditioning)
+                x = self._compute(s, operation, x, conditioning)
             else:
-                x = self._add(operation, x, conditioning)
+                x = self._add(s, operation, x, conditioning)
         return model.head(x, conditioning)
 
-    def _compute(self, operation: Compute, x: Tensor, conditioning: Conditioning) -> Tensor:
+    def _compute(self, s: int, operation: Compute, x: Tensor, conditioning: Conditioning) -> Tensor:
         run = _compiled(run_branches) if self.compiles else run_branches
         which = tuple(k for _, k, _ in operation.branches)
         block = self.batch.model.blocks[operation.block]
         x, values = run(block, which, x, conditioning.blocks[operation.block])
         for (i, _, keeps), value in zip(operation.branches, values, strict=True):
             if keeps:
-                self.kept[i] = value
+                self.kept[i, s] = value
         return x
 
-    def _add(self, operation: Add, x: Tensor, conditioning: Conditioning) -> Tensor:
-        gates = [conditioning.blocks[block][k].gate for _, block, k in operation.branches]
-        values = [self.kept[i] for i, _, _ in operation.branches]
-        for i in operation.dropped:
-            del self.kept[i]
+    def _add(self, s: int, operation: Add, x: Tensor, conditioning: Conditioning) -> Tensor:
+        add, columns = add_gated, [[], []]
+        for i, block, k, steps in operation.branches:
+            columns[0] += [conditioning.blocks[block][k].gate] * len(steps)
+            columns[1] += [self.kept[i, step] for step in steps]
+        for place in operation.dropped:
+            del self.kept[place]
+        if self.recipe.is_weighted:
+            add = add_weighted
+            columns.insert(1, self.recipe.weights(s, operation))
         if not self.compiles:
-            return add_gated(x, gates, values)
-        while values:
-            arity = next(n for n in ARITIES if n <= len(values))
-            x = _compiled(add_gated)(x, gates[:arity], values[:arity])
-            gates, values = gates[arity:], values[arity:]
+            return add(x, *columns)
+        while columns[0]:
+            arity = next(n for n in ARITIES if n <= len(columns[0]))
+            x = _compiled(add)(x, *(column[:arity] for column in columns))
+            columns = [column[arity:] for column in columns]
         return x
 
 
@@ -154,7 +195,7 @@ class Engine:
 
     def __init__(self, schedule: Schedule | None, how: Acceleration = EAGER):
         self.schedule, self.how = schedule, how
-        self._plan: ReplayPlan | None = None
+        self._recipe: Recipe | None = None
         self._seen: set[torch.Size] = set()
         self._captured: dict[torch.Size, CapturedTrajectory] = {}
 
@@ -172,15 +213,11 @@ class Engine:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper
         if self.schedule is not None and self.schedule.reuses == "blocks":
             return batch.walk(State(batch.x_T), BlockReplay(batch, self.schedule)).x
-        replay = PlannedReplay(batch, self._plan_for(batch), self.how)
+        replay = PlannedReplay(batch, self._recipe_for(batch), self.how)
         return batch.walk(State(batch.x_T), replay.predict).x
 
-    def _plan_for(self, batch: Trajectories) -> ReplayPlan:
+    def _recipe_for(self, batch: Trajectories) -> Recipe:
         """Made at the first batch; the others are of the same model and number of steps."""
-        if self._plan is None:
-            names = batch.model.branch_names
-            compute = np.ones((batch.num_steps, len(names)), dtype=bool)
-            if self.schedule is not None:
-                compute = self.schedule.compute
-            self._plan = plan_replay(compute, names)
-        return self._plan
+        if self._recipe is None:
+            self._recipe = Recipe(self.schedule, batch)
+        return self._recipe

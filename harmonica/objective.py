@@ -29,10 +29,11 @@ class Student:
 
         def at(s: int, x: Tensor) -> Tensor:
             if s == 0 or s == forced:
-                branches = computing_branches(cache)
-            else:
-                branches = self.masking.branches(cache, s, self.logits[s])
-            return self.trajectories.predict(s, x, branches)
+                return self.trajectories.predict(s, x, computing_branches(cache, s))
+            branches = self.masking.branches(cache, s, self.logits[s])
+            output = self.trajectories.predict(s, x, branches)
+            self.masking.store(cache, s, branches)
+            return output
 
         return at
 

@@ -1,8 +1,8 @@
 """What a schedule makes run when, planned once, before anything runs.
 
-A branch's value is kept only if a later step reads it before it is computed again, and dropped at
-its last reading. Reused branches that follow each other are added in one pass. Nothing of a block
-whose branches are all reused runs but that addition.
+A branch's value is kept only if a later step reads it, and dropped at its last reading. Reused
+branches that follow each other are added in one pass. Nothing of a block whose branches are all
+reused runs but that addition.
 """
 
 from dataclasses import dataclass
@@ -25,15 +25,16 @@ class Compute:
 
 @dataclass(frozen=True)
 class Add:
-    """Add kept values of consecutive branches, gated by the conditioning of this step.
+    """Add what stands in for consecutive branches, gated by the conditioning of this step.
 
     Attributes:
-        branches: (index in the model, block, index in the block) of each.
-        dropped: indices in the model that nobody reads after this.
+        branches: (index in the model, block, index in the block, steps whose values are read,
+            newest first) of each.
+        dropped: (index in the model, step) of values that nobody reads after this.
     """
 
-    branches: tuple[tuple[int, int, int], ...]
-    dropped: tuple[int, ...]
+    branches: tuple[tuple[int, int, int, tuple[int, ...]], ...]
+    dropped: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -51,42 +52,48 @@ def places_of(names: tuple[str, ...]) -> list[tuple[int, int]]:
     return [(order.index(block), blocks[:i].count(block)) for i, block in enumerate(blocks)]
 
 
-def _read_later(compute: np.ndarray) -> np.ndarray:
-    """(T, N) bool: whether the next step does not compute the branch, and so reads it."""
-    following = np.concatenate([compute[1:], np.ones_like(compute[:1])])
-    return ~following
+def sources(compute: np.ndarray, s: int, i: int, depth: int) -> tuple[int, ...]:
+    """The last ``depth`` steps before s that computed branch i, newest first."""
+    return tuple(int(step) for step in np.flatnonzero(compute[:s, i])[: -depth - 1 : -1])
 
 
-def plan_replay(compute: np.ndarray, names: tuple[str, ...]) -> ReplayPlan:
-    """The plan of decisions (T, N) bool about branches with these names."""
+def plan_replay(compute: np.ndarray, names: tuple[str, ...], depth: int = 1) -> ReplayPlan:
+    """The plan of decisions (T, N) bool about branches with these names.
+
+    Args:
+        depth: how many values the predictor wants.
+    """
     places = places_of(names)
-    is_read = _read_later(compute)
-    steps = []
+    read = {(int(s), int(i)): sources(compute, s, i, depth) for s, i in np.argwhere(~compute)}
+    # Steps ascend, so the last entry stands.
+    last_reader = {(i, source): s for (s, i), steps in read.items() for source in steps}
+    planned = []
     for s, row in enumerate(compute):
         operations: list[Compute | Add] = []
         for i, (block, k) in enumerate(places):
             last = operations[-1] if operations else None
             if row[i] and isinstance(last, Compute) and last.block == block:
-                operations[-1] = Compute(block, (*last.branches, (i, k, bool(is_read[s, i]))))
+                operations[-1] = Compute(block, (*last.branches, (i, k, (i, s) in last_reader)))
             elif row[i]:
-                operations.append(Compute(block, ((i, k, bool(is_read[s, i])),)))
+                operations.append(Compute(block, ((i, k, (i, s) in last_reader),)))
             else:
-                dropped = () if is_read[s, i] else (i,)
+                steps = read[s, i]
+                dropped = [(i, step) for step in steps if last_reader[i, step] == s]
                 before = last if isinstance(last, Add) else Add((), ())
-                joined = Add((*before.branches, (i, block, k)), (*before.dropped, *dropped))
+                joined = Add((*before.branches, (i, block, k, steps)), (*before.dropped, *dropped))
                 operations[-1:] = [joined] if isinstance(last, Add) else [*operations[-1:], joined]
-        steps.append(tuple(operations))
-    return ReplayPlan(tuple(steps), _peak(steps))
+        planned.append(tuple(operations))
+    return ReplayPlan(tuple(planned), _peak(planned))
 
 
 def _peak(steps: list[tuple[Compute | Add, ...]]) -> int:
     """Most values kept at once, walking the plan."""
-    kept: set[int] = set()
+    kept: set[tuple[int, int]] = set()
     peak = 0
-    for operation in (operation for step in steps for operation in step):
+    for s, operation in ((s, operation) for s, step in enumerate(steps) for operation in step):
         if isinstance(operation, Add):
             kept -= set(operation.dropped)
         else:
-            kept |= {i for i, _, keeps in operation.branches if keeps}
+            kept |= {(i, s) for i, _, keeps in operation.branches if keeps}
         peak = max(peak, len(kept))
     return peak

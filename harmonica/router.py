@@ -28,7 +28,7 @@ from harmonica.files import (
 from harmonica.flops import Costs
 from harmonica.schedule import Schedule
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no predictors: what is not computed takes the last value
 LOGIT_BOUND = 5.0
 
 
@@ -222,7 +222,10 @@ class RouterFile:
             return replace(self.schedule, costs=costs)
         if threshold is None:
             threshold = 0.1 if self.info.threshold is None else self.info.threshold
-        return threshold_schedule(self.logits, costs, threshold, rows)
+        schedule = threshold_schedule(self.logits, costs, threshold, rows)
+        if self.schedule is None:
+            return schedule
+        return replace(schedule, predictor=self.schedule.predictor)
 
 
 def _content_hash(logits: Tensor, schedule: str, info: str) -> str:
@@ -236,21 +239,26 @@ def save_router(path: Path, router: RouterFile) -> None:
     """Write a router file: safetensors, everything else in its metadata."""
     logits = router.logits.detach().float().cpu().contiguous()
     info = json.dumps(asdict(router.info), sort_keys=True)
-    schedule = "" if router.schedule is None else json.dumps(router.schedule.to_dict())
+    schedule, coefficients = "", {}
+    if router.schedule is not None:
+        schedule = json.dumps(router.schedule.to_dict())  # with a hash of the coefficients
+        coefficients = getattr(router.schedule.predictor, "tensors", {})
     metadata = {
         "format": f"harmonica-router-{FORMAT}",
         "info": info,
         "schedule": schedule,
         "content_hash": _content_hash(logits, schedule, info),
     }
-    write_atomically(path, safetensors_bytes({"logits": logits}, metadata))
+    write_atomically(path, safetensors_bytes({"logits": logits, **coefficients}, metadata))
 
 
 def _load_own(path: Path) -> RouterFile:
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != f"harmonica-router-{FORMAT}" or set(tensors) != {"logits"}:
+    known = [f"harmonica-router-{number}" for number in range(1, FORMAT + 1)]
+    if metadata.get("format") not in known or "logits" not in tensors:
         raise HarmonicaError(
-            f"{path} is not a router file of format {FORMAT}; pass one that train_router.py wrote"
+            f"{path} is not a router file of format 1 to {FORMAT}; pass one that train_router.py "
+            "wrote"
         )
     logits, info, schedule = (
         tensors["logits"],
@@ -264,7 +272,7 @@ def _load_own(path: Path) -> RouterFile:
         if fields["timesteps"] is not None:
             fields["timesteps"] = tuple(fields["timesteps"])
         record = RouterInfo(**fields)
-        table = Schedule.from_dict(json.loads(schedule)) if schedule else None
+        table = Schedule.from_dict(json.loads(schedule), tensors) if schedule else None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HarmonicaError(f"{path} has malformed metadata ({error}); export it again") from None
     return RouterFile(logits, record, table)

@@ -1,15 +1,21 @@
-"""Schedule: which (step, branch) is computed. Everything that caches is a maker of these."""
+"""Schedule: which (step, branch) is computed, and what stands in for the others.
+
+Everything that caches is a maker of these.
+"""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, write_atomically
 from harmonica.flops import Costs
+from harmonica.predictors import LAST, Predictor, from_dict, to_dict
 
 FORMAT = 1
 # What a reused branch takes: its own last value, or, for a stretch of blocks that is reused whole,
@@ -25,6 +31,7 @@ class Schedule:
         compute: (T, N) bool, True = compute; rows in sampling order, row 0 all True.
         costs: names and multiply-accumulates of the N branches.
         reuses: what is put in place of what is not computed, one of ``REUSES``.
+        predictor: what is made of a branch's earlier values.
 
     Raises:
         ValueError: row 0 reuses something, or the shapes disagree.
@@ -33,6 +40,7 @@ class Schedule:
     compute: np.ndarray
     costs: Costs
     reuses: str = "branches"
+    predictor: Predictor = LAST
 
     def __post_init__(self):
         table = np.array(self.compute, dtype=bool)
@@ -44,6 +52,8 @@ class Schedule:
             raise ValueError("the first step of a schedule must compute every branch")
         if self.reuses not in REUSES:
             raise ValueError(f"reuse of {self.reuses!r} is not one of {', '.join(REUSES)}")
+        if self.reuses == "blocks" and self.predictor != LAST:
+            raise ValueError("differences of blocks are reused as they are")
         table.flags.writeable = False
         object.__setattr__(self, "compute", table)
 
@@ -51,6 +61,7 @@ class Schedule:
         return (
             isinstance(other, Schedule)
             and (self.costs, self.reuses) == (other.costs, other.reuses)
+            and to_dict(self.predictor) == to_dict(other.predictor)
             and np.array_equal(self.compute, other.compute)
         )
 
@@ -81,11 +92,13 @@ class Schedule:
 
     @property
     def hash(self) -> str:
-        """Short content hash of the decisions and the branch names."""
+        """Short content hash of the decisions, the branch names and the predictor."""
         digest = hashlib.sha256("\n".join(self.costs.names).encode())
         digest.update(str(self.compute.shape).encode() + np.packbits(self.compute).tobytes())
         if self.reuses != "branches":
             digest.update(self.reuses.encode())
+        if self.predictor != LAST:
+            digest.update(json.dumps(to_dict(self.predictor)).encode())
         return digest.hexdigest()[:16]
 
     def to_dict(self) -> dict:
@@ -99,12 +112,16 @@ class Schedule:
             "branch_macs": list(self.costs.macs),
             "other_macs": self.costs.rest,
             "reuses": self.reuses,
+            "predictor": to_dict(self.predictor),
             "compute": ["".join("01"[int(c)] for c in row) for row in self.compute],
         }
 
     @classmethod
-    def from_dict(cls, content: dict) -> "Schedule":
+    def from_dict(cls, content: dict, tensors: Mapping[str, Tensor] | None = None) -> "Schedule":
         """Inverse of :meth:`to_dict`.
+
+        Args:
+            tensors: of the router file that it was in, for learned coefficients.
 
         Raises:
             HarmonicaError: fields are missing, malformed, or do not match the hash.
@@ -121,7 +138,9 @@ class Schedule:
                 raise ValueError("rows must consist of 0 and 1")
             table = [[c == "1" for c in row] for row in content["compute"]]
             reuses = content.get("reuses", "branches")
-            schedule = cls(np.array(table, dtype=bool), costs, reuses)
+            table = np.array(table, dtype=bool)
+            predictor = from_dict(content.get("predictor", {"name": "last"}), table.shape, tensors)
+            schedule = cls(table, costs, reuses, predictor)
         except (KeyError, TypeError, ValueError) as error:
             raise HarmonicaError(f"the schedule is malformed ({error}); export it again") from None
         if content.get("hash") != schedule.hash:

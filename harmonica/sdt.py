@@ -62,7 +62,9 @@ def learn_step(
         teacher = batch.predict(s, x)
     # Student.
     logits = router.row(s)
-    student = batch.predict(s, x, masking.branches(cache, s, logits))
+    branches = masking.branches(cache, s, logits)
+    student = batch.predict(s, x, branches)
+    masking.store(cache, s, branches)
     # Router update.
     update(StepError(s, batch.output_error(teacher, student), logits.sigmoid()))
     return student.detach()
@@ -86,7 +88,7 @@ def train_trajectory(
         # The first step computes everything and fills the cache.
         if s == 0:
             with torch.no_grad():
-                return batch.predict(s, x, computing_branches(cache))
+                return batch.predict(s, x, computing_branches(cache, s))
         return learn_step(batch, s, x, cache, router, masking, update)
 
     return batch.walk(State(batch.x_T), predict, stop=stop)

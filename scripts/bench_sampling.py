@@ -58,7 +58,7 @@ def cache_bytes(backbone: Backbone, schedule: Schedule, rows: int) -> int:
     config = backbone.model.config
     tokens = (config.input_size // config.patch_size) ** 2
     width = precision_of(backbone.model).itemsize
-    plan = plan_replay(schedule.compute, schedule.costs.names)
+    plan = plan_replay(schedule.compute, schedule.costs.names, schedule.predictor.depth)
     return plan.peak_values * rows * tokens * config.hidden_size * width
 
 

@@ -37,7 +37,8 @@ def seconds(run, device: torch.device) -> float:
 
 def measure(trainer: Trainer) -> None:
     device, steps = trainer.backbone.device, trainer.config.num_sampling_steps
-    batch = trainer.batch("train", 0, trainer.samples)
+    learner = trainer.learner
+    batch = learner.batches("train", 0, learner.samples)
 
     @torch.no_grad()
     def forwards() -> None:
@@ -48,17 +49,17 @@ def measure(trainer: Trainer) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     calls: list[int] = []
     hook = trainer.backbone.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    trainer.refresh_weights()
+    learner.refresh_weights()
     hook.remove()
     ratios, per_update = [], []
     for k in range(TRAJECTORIES + 1):
         forward = seconds(forwards, device) / steps
         # The first step of a trajectory is one plain forward without an update.
-        update = (seconds(lambda: trainer.train_one(None), device) - forward) / (steps - 1)
+        update = (seconds(lambda: learner.sweep(), device) - forward) / (steps - 1)
         if k > 0:  # the first pair warms up
             ratios.append(update / forward)
             per_update.append(update)
-    rows = trainer.samples * trainer.backbone.guidance.halves
+    rows = learner.samples * trainer.backbone.guidance.halves
     print(f"device                   {device}, {torch.get_num_threads()} threads, {rows} rows")
     print(f"one router update        {statistics.median(per_update) * 1e3:.1f} ms")
     print(

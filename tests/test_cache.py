@@ -1,9 +1,10 @@
 """Replay and Blend: what is taken from the cache, and what it equals."""
 
+import numpy as np
 import torch
 from conftest import Golden, relative
 
-from harmonica.cache import Blend, Cache, Masking, Replay, replay_branches
+from harmonica.cache import Cache, Masking, Replay, replay_branches
 from harmonica.engine import Engine
 from harmonica.router import threshold_schedule
 from harmonica.samplers import State, create_sampler
@@ -28,7 +29,7 @@ def test_hard_replay_equals_the_published_trajectory(golden: Golden):
     batch, cache = golden.trajectories(), Cache(len(golden.costs.names))
     state, xs = State(batch.x_T), []
     for s in range(batch.num_steps):
-        row = replay_branches(cache, schedule.compute[s])
+        row = replay_branches(cache, s, schedule.compute[s])
         state = batch.walk(
             state, lambda s, x, row=row: batch.predict(s, x, row), start=s, stop=s + 1
         )
@@ -43,7 +44,10 @@ def test_blend_with_weights_of_zero_and_one_is_replay(golden: Golden):
     masking = Masking(schedule.compute, "soft", stores_fresh=False)
 
     def predict(s, x):
-        return batch.predict(s, x, masking.branches(cache, s, logits[s]))
+        branches = masking.branches(cache, s, logits[s])
+        output = batch.predict(s, x, branches)
+        masking.store(cache, s, branches)
+        return output
 
     with torch.no_grad():
         blended = batch.walk(State(batch.x_T), predict).x
@@ -57,7 +61,10 @@ def test_hard_masks_replay_and_pass_gradients_through(golden: Golden):
     masking = Masking(schedule.compute, "hard", stores_fresh=False)
 
     def predict(s, x):
-        return batch.predict(s, x, masking.branches(cache, s, logits[s]))
+        branches = masking.branches(cache, s, logits[s])
+        output = batch.predict(s, x, branches)
+        masking.store(cache, s, branches)
+        return output
 
     x = batch.walk(State(batch.x_T), predict).x
     assert torch.equal(x.detach(), images(batch, schedule))
@@ -70,32 +77,35 @@ def test_a_reused_branch_runs_nothing():
         raise AssertionError("computed")
 
     cache, x = Cache(1), torch.zeros(1)
-    Replay(cache, 0, True)(lambda x: x + 3, x)
-    assert Replay(cache, 0, False)(fail, x).item() == 3
+    Replay(cache, 0, 0, True)(lambda x: x + 3, x)
+    assert Replay(cache, 0, 1, False)(fail, x).item() == 3
 
 
 def test_blend_stores_the_blend_or_the_fresh_value():
     for fresh, expected in ((False, 2.5), (True, 3.0)):
-        cache, x = Cache(1), torch.zeros(1)
-        Blend(cache, 0, torch.tensor(0.5), True, fresh)(lambda x: x + 2, x)
-        out = Blend(cache, 0, torch.tensor(0.5), True, fresh)(lambda x: x + 3, x)
-        assert out.item() == 2.5
-        assert cache.predict(0).item() == expected
+        masking, cache = Masking(np.ones((2, 1), dtype=bool), "soft", fresh), Cache(1)
+        for s, plus, seen in ((0, 2, 2.0), (1, 3, 2.5)):
+            branches = masking.branches(cache, s, torch.zeros(1))
+            assert branches[0](lambda x, plus=plus: x + plus, torch.zeros(1)).item() == seen
+            masking.store(cache, s, branches)
+        assert cache.predict(0, 2).item() == expected
 
 
 def test_below_the_cut_the_cache_keeps_its_value():
-    cache, x = Cache(1), torch.zeros(1)
-    Blend(cache, 0, torch.tensor(0.5), True, False)(lambda x: x + 2, x)
-    Blend(cache, 0, torch.tensor(0.05), False, False)(lambda x: x + 9, x)
-    assert cache.predict(0).item() == 2
+    masking, cache = Masking(np.array([[True], [False]]), "soft", False), Cache(1)
+    for s, plus in ((0, 2), (1, 9)):
+        branches = masking.branches(cache, s, torch.zeros(1))
+        branches[0](lambda x, plus=plus: x + plus, torch.zeros(1))
+        masking.store(cache, s, branches)
+    assert cache.predict(0, 2).item() == 2
 
 
 def test_branched_caches_go_their_own_way():
     cache = Cache(1)
-    cache.store(0, torch.tensor(1.0))
+    cache.store(0, 0, torch.tensor(1.0))
     other = cache.branched()
-    other.store(0, torch.tensor(2.0))
-    assert (cache.predict(0).item(), other.predict(0).item()) == (1.0, 2.0)
+    other.store(0, 1, torch.tensor(2.0))
+    assert (cache.predict(0, 2).item(), other.predict(0, 2).item()) == (1.0, 2.0)
 
 
 def test_replay_works_with_a_stochastic_sampler(golden: Golden):

@@ -1,6 +1,8 @@
 """The engine: the same images as the model's own forward, with what is kept planned ahead."""
 
+import itertools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +14,17 @@ from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, replay_branches
 from harmonica.config import BackboneConfig
-from harmonica.engine import Acceleration, Engine, PlannedReplay, add_gated, run_branches
+from harmonica.engine import (
+    EAGER,
+    Acceleration,
+    Engine,
+    PlannedReplay,
+    Recipe,
+    add_gated,
+    run_branches,
+)
 from harmonica.flops import Costs
+from harmonica.predictors import LAST, Extrapolation, Learned
 from harmonica.randomness import Draws
 from harmonica.replay_plan import Add, Compute, plan_replay
 from harmonica.samplers import State, create_sampler
@@ -35,10 +46,10 @@ def schedules(golden: Golden) -> list[Schedule]:
 
 def by_branches(batch, schedule: Schedule) -> torch.Tensor:
     """What the model's own forward makes of caching branches."""
-    cache = Cache(len(batch.model.branch_names))
+    cache = Cache(len(batch.model.branch_names), schedule.predictor)
 
     def predict(s, x):
-        return batch.predict(s, x, replay_branches(cache, schedule.compute[s]))
+        return batch.predict(s, x, replay_branches(cache, s, schedule.compute[s]))
 
     return batch.walk(State(batch.x_T), predict).x
 
@@ -53,6 +64,27 @@ def test_replay_equals_caching_branches_bit_for_bit(golden: Golden):
 
 
 @torch.no_grad()
+def test_forecasts_replay_like_caching_branches(golden: Golden):
+    steps = golden.num_steps
+    learned = Learned.start(LAST, steps, len(golden.costs.names), golden.model.config.hidden_size)
+    generator = torch.Generator().manual_seed(0)
+    learned = replace(
+        learned,
+        level=0.1 * torch.randn(learned.level.shape, generator=generator),
+        slope=0.1 * torch.randn(learned.level.shape, generator=generator),
+    )
+    index = tuple(map(float, range(steps)))
+    for predictor in (Extrapolation(1, index), Extrapolation(2, index), learned):
+        plain = random_schedule(steps, golden.costs, Budget(cur=0.5), seed=1)
+        schedule = replace(plain, predictor=predictor)
+        batch = golden.trajectories()
+        forecast = Engine(schedule)(batch)
+        # The predictor's weights are folded into the gates, which rounds elsewhere.
+        assert relative(forecast, by_branches(batch, schedule)) < 2e-6
+        assert relative(forecast, Engine(plain)(batch)) > 2e-5
+
+
+@torch.no_grad()
 def test_stochastic_samplers_replay_too(golden: Golden):
     batch = golden.trajectories(
         create_sampler("iddpm", golden.num_steps), noise=lambda s: golden.arrays["iddpm/noise"][s]
@@ -62,11 +94,11 @@ def test_stochastic_samplers_replay_too(golden: Golden):
 
 
 def test_a_value_is_kept_only_while_a_later_step_reads_it():
-    """Walk random plans: every read finds the last computed value, and nothing is left over."""
-    for seed in range(20):
+    """Walk random plans: every read finds the last computed values, and nothing is left over."""
+    for seed, depth in itertools.product(range(10), (1, 2, 3)):
         schedule = random_schedule(9, COSTS, Budget(cur=0.6), seed)
-        plan = plan_replay(schedule.compute, NAMES)
-        kept: dict[int, int] = {}
+        plan = plan_replay(schedule.compute, NAMES, depth)
+        kept: set[tuple[int, int]] = set()
         most = 0
         for s, step in enumerate(plan.steps):
             seen = []
@@ -74,18 +106,19 @@ def test_a_value_is_kept_only_while_a_later_step_reads_it():
                 for i, *_ in operation.branches:
                     seen.append(i)
                 if isinstance(operation, Add):
-                    for i, block, k in operation.branches:
+                    for i, block, k, steps in operation.branches:
                         assert NAMES[i] == f"blocks.{block}.{('attn', 'mlp')[k]}"
                         assert not schedule.compute[s, i]
-                        assert kept[i] == np.flatnonzero(schedule.compute[:s, i])[-1]
-                    for i in operation.dropped:
-                        del kept[i]
+                        computed = np.flatnonzero(schedule.compute[:s, i])
+                        assert list(steps) == computed[::-1][:depth].tolist()
+                        assert kept >= {(i, step) for step in steps}
+                    kept -= set(operation.dropped)
                 else:
                     for i, k, keeps in operation.branches:
                         assert NAMES[i] == f"blocks.{operation.block}.{('attn', 'mlp')[k]}"
                         assert schedule.compute[s, i]
                         if keeps:
-                            kept[i] = s
+                            kept.add((i, s))
                 most = max(most, len(kept))
             assert seen == list(range(len(NAMES)))  # every branch once, in the model's order
         assert not kept and most == plan.peak_values
@@ -104,8 +137,8 @@ def test_consecutive_reused_branches_are_one_operation():
 def test_the_peak_is_the_planned_one(golden: Golden):
     for schedule in schedules(golden):
         batch = golden.trajectories()
-        plan = plan_replay(schedule.compute, schedule.costs.names)
-        replay, most = PlannedReplay(batch, plan, Acceleration()), []
+        recipe = Recipe(schedule, batch)
+        plan, replay, most = recipe.plan, PlannedReplay(batch, recipe, EAGER), []
 
         def predict(s, x, replay=replay, most=most):
             output = replay.predict(s, x)

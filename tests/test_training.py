@@ -1,6 +1,7 @@
 """Training on the bundled backbone: processes, targets, what the trainer leaves behind."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, free_port, relative, run_command
 
+from harmonica.batches import samples_per_process
 from harmonica.cache import Blend, Cache, replay_branches
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError
@@ -21,7 +23,7 @@ from harmonica.samplers import State
 from harmonica.sampling import sample
 from harmonica.schedule import Schedule
 from harmonica.sdt import BetaControl, router_optimizer
-from harmonica.trainer import Trainer, samples_per_process
+from harmonica.trainer import Trainer
 
 ARGUMENTS = [
     "--num-sampling-steps", "4", "--global-batch-size", "8", "--max-steps", "9", "--lambda-c", "4",
@@ -76,11 +78,12 @@ def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelle
         results_dir=tmp_path / "results",
     )  # fmt: skip
     trainer = Trainer(config)
-    before, learned = trainer.router.logits(), []
-    update = trainer.update
-    trainer.update = lambda step: learned.append(step.s) or update(step)
+    learner = trainer.learner
+    before, learned = learner.router.logits(), []
+    update = learner.update
+    learner.update = lambda step: learned.append(step.s) or update(step)
     trainer.run()
-    after = trainer.router.logits()
+    after = learner.router.logits()
     # Of respaced indices 4 3 2 1 0 the even ones after the first learn.
     assert len(learned) == 5 and set(learned) == {2, 4}
     assert torch.equal(after[[1, 3]], torch.full((2, 24), 5.0))
@@ -98,8 +101,9 @@ def test_learning_to_cache_compares_at_noised_images(tmp_path, labelled_images):
     )  # fmt: skip
     trainer = Trainer(config)
     found = []
-    trainer.method.train(
-        0, trainer.router, trainer.masking(), lambda step: found.append(step), limit=1
+    learner = trainer.learner
+    learner.method.train(
+        0, learner.router, learner.masking(), lambda step: found.append(step), limit=1
     )
     s, backbone, draws = found[0].s, trainer.backbone, Draws(config.global_seed, "train")
     images = LabelledImages(config.data, 32)
@@ -116,10 +120,11 @@ def test_learning_to_cache_compares_at_noised_images(tmp_path, labelled_images):
     times = [torch.full((4,), t) for t in backbone.sampler.timesteps]
     cache = Cache(24)
     with torch.no_grad():
-        output = backbone.model(x.float(), times[s - 1], y, replay_branches(cache, [True] * 24))
+        computing = replay_branches(cache, s - 1, [True] * 24)
+        output = backbone.model(x.float(), times[s - 1], y, computing)
         x = backbone.sampler.step(s - 1, State(x.float()), output[:, :3], None).x
-        weights = trainer.router.row(s).sigmoid()
-        blends = [Blend(cache, i, weight, False, True) for i, weight in enumerate(weights)]
+        weights = learner.router.row(s).sigmoid()
+        blends = [Blend(cache.predict(i, s), weight) for i, weight in enumerate(weights)]
         error = backbone.model(x, times[s], y) - backbone.model(x, times[s], y, blends)
     assert found[0].error.item() == pytest.approx(error.square().mean().item(), rel=1e-4)
 
@@ -150,7 +155,7 @@ def test_training_meets_its_target(target, tmp_path):
                     **target)
     )  # fmt: skip
     trainer.run()
-    schedule, costs = trainer.schedule(), trainer.backbone.costs
+    schedule, costs = trainer.learner.schedule(), trainer.backbone.costs
     if "target_cur" in target:
         assert abs(schedule.cur - 0.3) <= 0.5 / schedule.compute.size
     else:
@@ -214,9 +219,9 @@ def test_batches_do_not_depend_on_how_often_weights_are_refreshed(tmp_path):
         Trainer(TrainConfig(num_sampling_steps=3, global_batch_size=4, results_dir=tmp_path))
         for _ in range(2)
     )
-    often.refresh_weights()
-    often.refresh_weights()
-    a, b = often.batch("train", 5, 2), rarely.batch("train", 5, 2)
+    often.learner.refresh_weights()
+    often.learner.refresh_weights()
+    a, b = (trainer.learner.batches("train", 5, 2) for trainer in (often, rarely))
     assert torch.equal(a.x_T, b.x_T) and torch.equal(a.y, b.y)
 
 
@@ -224,7 +229,7 @@ def test_batches_do_not_depend_on_how_often_weights_are_refreshed(tmp_path):
 def test_a_seed_gives_its_image_whatever_the_batch(sampler, tmp_path):
     config = TrainConfig(num_sampling_steps=4, sampler=sampler, results_dir=tmp_path)
     trainer = Trainer(config)
-    backbone, schedule = trainer.backbone, trainer.schedule()
+    backbone, schedule = trainer.backbone, trainer.learner.schedule()
     draws = Draws(3, "sample")
     together = sample(backbone, schedule, draws, range(5), batch_size=5)
     apart = sample(backbone, schedule, draws, range(5), batch_size=2)
@@ -255,8 +260,7 @@ def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
     )
     half = Trainer(replace(config, mixed_precision="bf16"))
     assert half.backbone.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
-    half.refresh_weights()
-    assert half.train_one(None).isfinite().all()
+    assert all(map(math.isfinite, half.learner.sweep().values()))
     whole, draws = Trainer(config).backbone, Draws(0, "sample")
     low = sample(half.backbone, None, draws, range(4))
     assert low.dtype == torch.float32

@@ -117,6 +117,6 @@ def _filled(batch: Trajectories, s: int, cache: Cache) -> Tensor:
     """x_s, after step s - 1 has computed everything and filled the cache."""
 
     def predict(step: int, x: Tensor) -> Tensor:
-        return batch.predict(step, x, computing_branches(cache))
+        return batch.predict(step, x, computing_branches(cache, step))
 
     return batch.walk(State(batch.x_T), predict, start=s - 1, stop=s).x

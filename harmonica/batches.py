@@ -1,0 +1,62 @@
+"""This process's part of global batches."""
+
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+
+from harmonica.backbone import Backbone
+from harmonica.denoise import Trajectories
+from harmonica.errors import HarmonicaError
+from harmonica.randomness import Draws
+from harmonica.sampling import trajectories
+
+
+def samples_per_process(rows: int, halves: int, processes: int, flag: str) -> int:
+    """Samples per process for a number of model rows over all processes.
+
+    Raises:
+        HarmonicaError: they cannot be shared out evenly.
+    """
+    unit = halves * processes
+    if rows % unit:
+        lower, upper = rows // unit * unit, -(-rows // unit) * unit
+        fitting = f"{lower} or {upper}" if lower else f"{upper}"
+        what = f"{processes} process{'es' if processes > 1 else ''}"
+        if halves == 2:
+            what += " of two guidance halves"
+        raise HarmonicaError(f"{flag} {rows} is not divisible by {what}; use {fitting}")
+    return rows // unit
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batch ``number`` is the same samples whatever the number of processes.
+
+    Attributes:
+        seed: of noise and conditions.
+        compares_all: see ``Trajectories``.
+    """
+
+    accelerator: Accelerator
+    backbone: Backbone
+    seed: int
+    compares_all: bool
+
+    def samples(self, rows: int, flag: str, *, halves: int | None = None) -> int:
+        """Samples of this process in a batch of ``rows`` model rows; ``flag`` says how many."""
+        halves = self.backbone.guidance.halves if halves is None else halves
+        return samples_per_process(rows, halves, self.accelerator.num_processes, flag)
+
+    def indices(self, number: int, samples: int) -> range:
+        """Global sample indices of this process in batch ``number``."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        first = (number * processes + rank) * samples
+        return range(first, first + samples)
+
+    def draws(self, purpose: str) -> Draws:
+        return Draws(self.seed, purpose)
+
+    def __call__(self, purpose: str, number: int, samples: int) -> Trajectories:
+        """This process's trajectories of batch ``number``."""
+        batch = trajectories(self.backbone, self.draws(purpose), self.indices(number, samples))
+        return replace(batch, compares_all=self.compares_all)

@@ -1,0 +1,224 @@
+"""What a training run needs of a way of learning; and the published way, one row at a time."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from harmonica.backbone import load_encoder
+from harmonica.baselines.learning_to_cache import LearningToCache
+from harmonica.batches import Batches
+from harmonica.cache import Masking
+from harmonica.config import TrainConfig
+from harmonica.labelled_images import LabelledImages
+from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
+from harmonica.router import Router, budget_schedule, threshold_schedule
+from harmonica.schedule import Schedule
+from harmonica.sdt import (
+    BetaControl,
+    StepError,
+    StepwiseDenoising,
+    TrainingMethod,
+    router_optimizer,
+)
+
+
+class Learner(Protocol):
+    """Owns the router and all that changes while it learns.
+
+    Attributes:
+        router: the scores.
+        updates: optimiser steps so far.
+        sweep_length: most updates in a sweep.
+        refreshes: (update, lambda (T,)) of every re-estimate of image-error weights.
+    """
+
+    router: Router
+    updates: int
+    sweep_length: int
+    refreshes: list[tuple[int, list[float]]]
+
+    def schedule(self) -> Schedule:
+        """What would be exported now."""
+        ...
+
+    def cut(self) -> float:
+        """The score above which the exported schedule computes."""
+        ...
+
+    def sweep(self, remaining: int) -> dict[str, float]:
+        """Learn from one batch, in at most ``remaining`` updates.
+
+        Returns:
+            Averages over its updates and all processes, for people; "loss" and "mse" among them.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training stands on; randomness follows from counters and the seed."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class StepwiseLearner:
+    """Learns a row at every step of a trajectory, with the image error proxy objective.
+
+    With a budget beta is steered to it; without one it stays as given.
+    """
+
+    def __init__(self, config: TrainConfig, batches: Batches):
+        self.config, self.batches = config, batches
+        self.accelerator, self.backbone = batches.accelerator, batches.backbone
+        halves = None if config.method == "harmonica" else 1
+        self.samples = batches.samples(
+            config.global_batch_size, "--global-batch-size", halves=halves
+        )
+        self.lambda_samples = batches.samples(
+            config.lambda_batch_size, "--lambda-batch-size", halves=halves
+        )
+        # One process of a machine fetches missing weights, the others find them.
+        with self.accelerator.local_main_process_first():
+            self.method = self._training_method()
+        self.router = Router.initial(
+            config.num_sampling_steps,
+            len(self.backbone.costs.names),
+            config.global_seed,
+            config.init_mean,
+            config.init_std,
+            self.method.rows,
+        ).to(self.accelerator.device)
+        self.optimizer = self.accelerator.prepare(
+            router_optimizer(self.router, config.lr, config.adam_eps)
+        )
+        self.schedule()  # a target out of reach is refused before anything is written
+        self.beta = BetaControl(config.l1, config.budget is not None, config.lr)
+        self.weights = torch.zeros(config.num_sampling_steps)
+        self.refreshes: list[tuple[int, list[float]]] = []
+        self.updates = self.trajectories = self.refresh_at = 0
+
+    def _training_method(self) -> TrainingMethod:
+        """Whole trajectories from noise, or pairs of steps from images."""
+        config, batches = self.config, self.batches
+        if config.method == "harmonica":
+            return StepwiseDenoising(
+                config.num_sampling_steps, lambda number: batches("train", number, self.samples)
+            )
+        return LearningToCache(
+            self.backbone,
+            LabelledImages(config.data, self.backbone.image_size),
+            load_encoder(config, self.accelerator.device),
+            batches.draws("train"),
+            lambda number: batches.indices(number, self.samples),
+            config.num_workers,
+            config.compares_all,
+        )
+
+    @property
+    def sweep_length(self) -> int:
+        return len(self.method.rows)
+
+    def schedule(self) -> Schedule:
+        """What the scores stand for now: at the target if there is one, else at the threshold."""
+        config, logits, costs = self.config, self.router.logits(), self.backbone.costs
+        if config.budget is not None:
+            return budget_schedule(logits, costs, config.budget, self.method.rows)
+        return threshold_schedule(logits, costs, config.threshold, self.method.rows)
+
+    def masking(self) -> Masking:
+        """How the scores act on the next trajectory: they cut where the exported schedule cuts."""
+        return Masking(self.schedule().compute, self.config.mask, self.config.stores_fresh)
+
+    def cut(self) -> float:
+        if self.config.budget is None:
+            return self.config.threshold
+        reused = ~torch.from_numpy(self.schedule().compute.copy())
+        scores = self.router.logits().sigmoid().cpu()[reused]
+        return scores.max().item() if len(scores) else 0.0
+
+    def refresh_weights(self) -> None:
+        """Re-estimate lambda on a fresh batch, averaged over processes."""
+        self.refresh_at = self.updates + self.config.lambda_c
+        if self.config.lambda_form == "constant":
+            nothing = torch.zeros(self.config.num_sampling_steps)
+            self.weights = image_error_weights(nothing, nothing, "constant")
+            self.refreshes.append((self.updates, self.weights.tolist()))
+            return
+        batch = self.batches("lambda", len(self.refreshes), self.lambda_samples)
+        student = Student(batch, self.router.logits(), self.masking())
+        with torch.no_grad():
+            errors = ESTIMATORS[self.config.lambda_estimator](student)
+        image, output = self.accelerator.reduce(torch.stack([errors.image, errors.output]), "mean")
+        self.weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
+        self.refreshes.append((self.updates, self.weights.tolist()))
+
+    def update(self, step: StepError) -> tuple[Tensor, Tensor]:
+        """One AdamW step of one row.
+
+        Returns:
+            (3,) loss, teacher-student error, sum of scores; and (N,) what a unit of each score
+            saves in weighted error.
+        """
+        row, weight = self.router.row(step.s), self.weights[step.s].item()
+        loss = iepo_loss(step.error, step.scores, weight, self.beta.beta)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        row.grad = self.accelerator.reduce(row.grad, "mean")
+        self.optimizer.step()
+        self.router.clamp(step.s)
+        self.updates += 1
+        scores = step.scores.detach()
+        worths = self.beta.beta - row.grad / (scores * (1 - scores))
+        return torch.stack([loss.detach(), step.error.detach(), scores.sum()]), worths
+
+    def sweep(self, remaining: int | None = None) -> dict[str, float]:
+        """One trajectory; before it, every ``lambda_c`` updates, a refresh of the weights."""
+        if self.updates >= self.refresh_at:
+            self.refresh_weights()
+        results: list[tuple[Tensor, Tensor]] = []
+        self.method.train(
+            self.trajectories,
+            self.router,
+            self.masking(),
+            lambda step: results.append(self.update(step)),
+            remaining,
+        )
+        self.trajectories += 1
+        records, worths = (torch.stack(column) for column in zip(*results, strict=True))
+        self._steer_beta(worths)
+        means = self.accelerator.reduce(records, "mean").mean(dim=0).tolist()
+        values = dict(zip(("loss", "mse", "l1"), means, strict=True))
+        return {"trajectory": self.trajectories, **values, "beta": self.beta.beta}
+
+    def _steer_beta(self, worths: Tensor) -> None:
+        """After a trajectory: move beta towards the target share of reused branches."""
+        if self.config.budget is None:
+            return
+        rows = list(self.method.rows)
+        target = 1.0 - float(self.schedule().compute[rows].mean())
+        if self.beta.is_unset:
+            self.beta.start(worths, target)
+        else:
+            below = self.router.logits()[rows] <= 0
+            self.beta.update(below.float().mean().item(), target)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "router": self.router.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+            "trajectories": self.trajectories,
+            "refreshes": self.refreshes,
+            "refresh_at": self.refresh_at,
+            "weights": self.weights,
+            "beta": self.beta.beta,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.router.load_state_dict(state["router"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates, self.trajectories = state["updates"], state["trajectories"]
+        self.refreshes = [(update, list(weights)) for update, weights in state["refreshes"]]
+        self.refresh_at, self.weights = state["refresh_at"], state["weights"]
+        self.beta.beta = state["beta"]
