@@ -63,7 +63,7 @@ class BackboneConfig(Options):
         aliases=("--weights",),
     )
     vae: str = option("ema", "decoder of latent models: ema, mse or a path")
-    sampler: str = option("ddim", "sampler", choices=SAMPLERS)
+    sampler: str = option("ddim", "sampler", choices=tuple(SAMPLERS))
     eta: float = option(0.0, "DDIM: 0 deterministic to 1 ancestral", low=0, high=1)
     num_sampling_steps: int = option(20, "T, model evaluations per image", low=2, high=TRAIN_STEPS)
     cfg_scale: float = option(1.5, "classifier-free guidance; 1 runs no unconditional half", low=0)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from harmonica.backbone import load_backbone, load_weights
 from harmonica.config import BackboneConfig
-from harmonica.diffusion import TRAIN_STEPS, Diffusion, linear_betas
+from harmonica.diffusion import TRAIN_STEPS, Diffusion
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import existing_file, write_atomically, write_torch
 from harmonica.labelled_images import load_labelled_images
@@ -186,7 +186,7 @@ def train(args: argparse.Namespace) -> None:
         ema, step, seconds = state["ema"], state["step"], state.get("seconds", 0.0)
 
     forward = torch.compile(model)
-    loss_fn = HybridLoss(Diffusion.respaced(TRAIN_STEPS, linear_betas()), device)
+    loss_fn = HybridLoss(Diffusion.respaced(TRAIN_STEPS), device)
     losses, started = [], time.time() - seconds
     bar = tqdm(total=total, initial=step, unit="step", desc="backbone", mininterval=5)
     metrics = (args.out / "metrics.jsonl").open("a")

@@ -60,7 +60,7 @@ def fewer_steps(backbone: Backbone, budget: Budget, seed: int) -> Plan:
 
 def fewer_steps_of_dpm_solver(backbone: Backbone, budget: Budget, seed: int) -> Plan:
     """DPM-Solver++ with the number of steps nearest to the budget: what a user would pick."""
-    return _fewer_steps(backbone, budget, "dpm-solver++")
+    return _fewer_steps(backbone, budget, "dpm-solver++-zero")
 
 
 def nearest_fora(backbone: Backbone, budget: Budget, seed: int) -> Plan:
