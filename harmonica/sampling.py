@@ -47,15 +47,19 @@ def load_schedule(
 def trajectories(
     backbone: Backbone, draws: Draws, indices: Sequence[int], labels: Tensor | None = None
 ) -> Trajectories:
-    """The batch of samples with these indices; labels are drawn unless given, (n,) int64."""
+    """The batch of samples with these indices.
+
+    Args:
+        labels: (n,) int64 classes, or places in the list of prompts; drawn if None.
+    """
     shape, device = backbone.latent_shape, backbone.device
     if labels is None:
-        labels = draws.labels(indices, backbone.model.config.num_classes)
+        labels = draws.labels(indices, backbone.conditions.count)
     return Trajectories(
         backbone.model,
         backbone.sampler,
         backbone.guidance,
-        y=labels.to(device),
+        y=backbone.conditions.of(labels).to(device),
         x_T=draws.initial_noise(indices, shape).to(device),
         noise=lambda s: draws.step_noise(s, indices, shape).to(device),
     )

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, broadcast_object_list
 from tqdm import tqdm
 
-from harmonica.backbone import load_backbone, load_decoder
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import load_backbone
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
 from harmonica.engine import EAGER

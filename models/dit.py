@@ -132,6 +132,10 @@ class DiT(ClassConditional):
         nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def under_published_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        is_diffusers = "proj_out_2.weight" in state
+        return from_diffusers(state, self.pos_embed) if is_diffusers else state
+
     def context(self, y: Tensor) -> Tensor:
         """Embedded labels (B, d) of labels (B,)."""
         return self.y_embedder(y)

@@ -234,6 +234,10 @@ class PixArt(DiffusionTransformer):
         )
         return sincos_position_embedding(self.config.hidden_size, down, across)[None]
 
+    def under_published_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        is_diffusers = "proj_out.weight" in state
+        return from_diffusers(state) if is_diffusers else from_original(state)
+
     def with_null(self, y: Prompts) -> Prompts:
         return y.with_null()
 

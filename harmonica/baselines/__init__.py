@@ -5,14 +5,13 @@ Each is a maker of a :class:`Plan`. Learning-to-Cache is trained: see
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from harmonica.backbone import Backbone
 from harmonica.baselines.delta_dit import nearest_delta_dit
 from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule
 from harmonica.baselines.smoothcache import nearest_smoothcache, output_changes
 from harmonica.budget import Budget
-from harmonica.samplers import create_sampler
 from harmonica.schedule import Schedule
 
 
@@ -49,8 +48,8 @@ def _num_steps(backbone: Backbone) -> int:
 def _fewer_steps(backbone: Backbone, budget: Budget, sampler: str) -> Plan:
     kept = 1 / budget.speedup if budget.speedup is not None else 1 - budget.cur
     steps = max(2, round(_num_steps(backbone) * kept))
-    solver = create_sampler(sampler, steps, getattr(backbone.sampler, "eta", 0.0))
-    return Plan(replace(backbone, sampler=solver), None, f"{sampler}, T = {steps}")
+    eta = getattr(backbone.sampler, "eta", 0.0)
+    return Plan(backbone.sampled_by(sampler, steps, eta), None, f"{sampler}, T = {steps}")
 
 
 def fewer_steps(backbone: Backbone, budget: Budget, seed: int) -> Plan:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from harmonica.backbone import Backbone, load_backbone, load_decoder
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import Backbone, load_backbone
 from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import FolderImages, ImageSet, open_images, pixels
