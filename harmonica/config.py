@@ -333,6 +333,7 @@ class ReplayConfig(BackboneConfig):
         low=0,
         high=1,
     )
+    force: bool = option(False, "replay a router that was trained for another sampler")
 
 
 @dataclass(frozen=True)
@@ -391,8 +392,8 @@ class SampleConfig(ReplayConfig):
                 raise HarmonicaError(
                     "--threshold and --accelerate-method replay a router; name it with --path"
                 )
-            if self.semantics != "harmonica":
-                raise HarmonicaError("--semantics reads a router; name it with --path")
+            if self.semantics != "harmonica" or self.force:
+                raise HarmonicaError("--semantics and --force read a router; name it with --path")
             if self.compare and self.method is None:
                 raise HarmonicaError("--compare needs a router or a method; add --path or --method")
 

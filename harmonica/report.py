@@ -67,7 +67,9 @@ def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | 
     if config.method is not None:
         return config.method, METHODS[config.method](backbone, config.budget, config.seed)
     if config.path is not None:
-        schedule = load_schedule(config.path, config.threshold, backbone, config.semantics)
+        schedule = load_schedule(
+            config.path, config.threshold, backbone, config.semantics, config.force
+        )
         return "router", Plan(backbone, schedule)
     return None
 

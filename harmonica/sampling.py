@@ -17,9 +17,16 @@ from harmonica.schedule import Schedule
 
 
 def load_schedule(
-    path: Path, threshold: float | None, backbone: Backbone, semantics: str = "harmonica"
+    path: Path,
+    threshold: float | None,
+    backbone: Backbone,
+    semantics: str = "harmonica",
+    force: bool = False,
 ) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
+
+    Args:
+        force: take one that was trained for another sampler.
 
     Raises:
         HarmonicaError: it does not.
@@ -40,7 +47,7 @@ def load_schedule(
             )
         return schedule
     router = load_router(path)
-    router.check(backbone.model, backbone.router_info())
+    router.check(backbone.model, backbone.router_info(), force)
     return router.to_schedule(backbone.costs, threshold, semantics)
 
 

@@ -78,7 +78,7 @@ def _sampled(config: EvaluateConfig, device: torch.device) -> Subject:
     uncached = images("sampled, uncached", None)
     if config.path is None:
         return Subject(uncached, config.num_images, None, backbone)
-    schedule = load_schedule(config.path, config.threshold, backbone)
+    schedule = load_schedule(config.path, config.threshold, backbone, force=config.force)
     against = uncached if config.against is None else None
     samples = images("sampled with the router", schedule)
     return Subject(samples, config.num_images, against, backbone, schedule)
