@@ -29,6 +29,8 @@ METHODS = (
     "smoothcache",
     "uniform",
     "random",
+    "faster-diffusion",
+    "deepcache",
 )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from harmonica.backbone import Backbone
 from harmonica.baselines.delta_dit import nearest_delta_dit
 from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule
+from harmonica.baselines.long_skips import nearest_deepcache, nearest_faster_diffusion
 from harmonica.baselines.smoothcache import nearest_smoothcache, output_changes
 from harmonica.budget import Budget
 from harmonica.schedule import Schedule
@@ -93,6 +94,16 @@ def smoothcache(backbone: Backbone, budget: Budget, seed: int) -> Plan:
     )
 
 
+def faster_diffusion(backbone: Backbone, budget: Budget, seed: int) -> Plan:
+    """Faster Diffusion with the interval nearest to the budget."""
+    return Plan(backbone, *nearest_faster_diffusion(_num_steps(backbone), backbone.costs, budget))
+
+
+def deepcache(backbone: Backbone, budget: Budget, seed: int) -> Plan:
+    """DeepCache with the interval and number of outer blocks nearest to the budget."""
+    return Plan(backbone, *nearest_deepcache(_num_steps(backbone), backbone.costs, budget))
+
+
 METHODS: dict[str, Callable[[Backbone, Budget, int], Plan]] = {
     "fewer-steps": fewer_steps,
     "fewer-steps-dpm-solver++": fewer_steps_of_dpm_solver,
@@ -101,4 +112,8 @@ METHODS: dict[str, Callable[[Backbone, Budget, int], Plan]] = {
     "smoothcache": smoothcache,
     "uniform": uniform,
     "random": random,
+    "faster-diffusion": faster_diffusion,
+    "deepcache": deepcache,
 }
+# Only for models with long skip connections.
+OF_LONG_SKIPS = ("faster-diffusion", "deepcache")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone, select_device
-from harmonica.baselines import METHODS, Plan
+from harmonica.baselines import METHODS, OF_LONG_SKIPS, Plan
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
 from harmonica.comparison.config import TRAINED, Cell, CompareConfig
@@ -88,6 +88,8 @@ class Comparison:
         for level in self.config.levels:
             for method in self.config.methods:
                 if method == "learning-to-cache" and self.config.data is None:
+                    continue
+                if method in OF_LONG_SKIPS and not self.backbone.model.joins:
                     continue
                 for seed in self.config.seeds if Cell(method).has_seeds else (0,):
                     yield Cell(method, level, seed)
