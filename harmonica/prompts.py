@@ -16,6 +16,8 @@ from harmonica.errors import HarmonicaError
 from harmonica.files import existing_file, read_safetensors, write_atomically
 
 FORMAT = "harmonica-prompts-1"
+# Captions written for this project, one per line.
+BUNDLED_PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,14 @@ def encode_prompts(
             stacklevel=2,
         )
     null: tuple[Tensor, Tensor] | None = None
-    batches = []
+    batches, tokens = [], []
     for number, start in enumerate(
-        tqdm(range(0, len(texts), batch_size), desc=progress, disable=progress is None)
+        tqdm(
+            range(0, len(texts), batch_size),
+            desc=progress,
+            disable=progress is None,
+            unit="batch",
+        )
     ):
         some = texts[start : start + batch_size]
         part = None if parts is None else Path(parts) / f"{number:06}.safetensors"
@@ -246,16 +253,14 @@ def encode_prompts(
             batch = EncodedPrompts(some, embeddings, mask, null[0][0], null[1][0], encoder)
             if part is not None:
                 save_prompts(part, batch)
-        batches.append(batch)
+        tokens.append(batch.embeddings[batch.mask])
+        batches.append(replace(batch, embeddings=batch.embeddings[:0]))  # five times the tokens
     del t5
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the encoder held is for the transformer
-    return replace(
-        batches[0],
-        texts=texts,
-        embeddings=torch.cat([batch.embeddings for batch in batches]),
-        mask=torch.cat([batch.mask for batch in batches]),
-    )
+    mask = torch.cat([batch.mask for batch in batches])
+    embeddings = _unpacked(torch.cat(tokens), mask)
+    return replace(batches[0], texts=texts, embeddings=embeddings, mask=mask)
 
 
 def _finished(
@@ -264,6 +269,9 @@ def _finished(
     """A batch that an earlier call has left, if it is the one that is wanted."""
     if part is None or not part.is_file():
         return None
-    batch = load_prompts(part)
+    try:
+        batch = load_prompts(part)
+    except HarmonicaError:
+        return None
     same = (batch.texts, batch.encoder, batch.mask.shape[1]) == (texts, encoder, max_tokens)
     return batch if same else None

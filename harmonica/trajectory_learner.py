@@ -65,9 +65,9 @@ class TrajectoryLearner:
             return create_predictor(config.predictor, config.coordinate, timesteps)
         base = self.held_out.better_base(schedule, config.coordinate, timesteps)
         if config.fit == "gradient":
-            self.coefficients = Coefficients(
-                base, *schedule.compute.shape, self._channels
-            ).to(self.accelerator.device)
+            self.coefficients = Coefficients(base, *schedule.compute.shape, self._channels).to(
+                self.accelerator.device
+            )
         return base
 
     @property
@@ -134,7 +134,9 @@ class TrajectoryLearner:
         last = remaining is not None and remaining <= 1
         if last or self.updates % self.config.held_out_every == 0:
             self._try(self._schedule_of(self.average), self.average.clone())
-        means = self.accelerator.reduce(torch.stack([loss.detach(), errors.detach().mean()]), "mean")
+        means = self.accelerator.reduce(
+            torch.stack([loss.detach(), errors.detach().mean()]), "mean"
+        )
         values = dict(zip(("loss", "mse"), means.tolist(), strict=True))
         return {**values, "held_out_mse": self.history[-1][1]}
 
