@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,12 @@ class TextEncoder:
                 return kind.from_pretrained(self.name, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:160]
+            remedy = "pass a T5 or a pipeline of the Hub, or the folder of a copy"
+            if subfolder == "tokenizer" and find_spec("sentencepiece") is None:
+                remedy += ", and install the project with its extra [text] for sentencepiece"
             raise HarmonicaError(
                 f"--text-encoder {self.name} has no {subfolder} that can be loaded ({reason}); "
-                "pass a T5 or a pipeline of the Hub, or the folder of a copy"
+                f"{remedy}"
             ) from None
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
