@@ -56,7 +56,11 @@ class Batches:
     def draws(self, purpose: str) -> Draws:
         return Draws(self.seed, purpose)
 
+    def of(self, purpose: str, indices: range) -> Trajectories:
+        """The trajectories of these samples."""
+        batch = trajectories(self.backbone, self.draws(purpose), indices)
+        return replace(batch, compares_all=self.compares_all)
+
     def __call__(self, purpose: str, number: int, samples: int) -> Trajectories:
         """This process's trajectories of batch ``number``."""
-        batch = trajectories(self.backbone, self.draws(purpose), self.indices(number, samples))
-        return replace(batch, compares_all=self.compares_all)
+        return self.of(purpose, self.indices(number, samples))

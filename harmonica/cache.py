@@ -35,9 +35,14 @@ class Cache:
         """What branch i computed at step s."""
         self._values[i] = ((s, value), *self._values[i])[: self.predictor.depth]
 
+    def entries(self, i: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        """Steps and values of branch i, newest first."""
+        steps, values = zip(*self._values[i], strict=True)
+        return steps, values
+
     def predict(self, i: int, s: int) -> Tensor:
         """What stands in for branch i at step s."""
-        steps, values = zip(*self._values[i], strict=True)
+        steps, values = self.entries(i)
         return combine(self.predictor.weights(s, i, steps), values)
 
     def is_empty(self, i: int) -> bool:
@@ -108,11 +113,17 @@ class Masking:
         kind: "soft" blends with the score, as published; "hard" decides, as replay will, and
             passes the gradient straight through to the score.
         stores_fresh: with "soft", store the computed value rather than the (published) blend.
+        predictor: what is made of the cache; its coefficients may be learning.
     """
 
     computes: np.ndarray
     kind: str
     stores_fresh: bool
+    predictor: Predictor = LAST
+
+    def cache(self) -> Cache:
+        """An empty one, for one trajectory."""
+        return Cache(self.computes.shape[1], self.predictor)
 
     def branches(self, cache: Cache, s: int, logits: Tensor) -> list[Blend]:
         """Branches of step s, whose router row is ``logits`` (N,)."""

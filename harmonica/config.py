@@ -11,6 +11,7 @@ from harmonica.errors import HarmonicaError
 from harmonica.metrics import EXTRACTORS, METRICS
 from harmonica.objective import ESTIMATORS, FORMS
 from harmonica.options import Options, flag_of, option
+from harmonica.predictors import COEFFICIENTS, COORDINATES, PREDICTORS
 from harmonica.router import SEMANTICS, load_router
 from harmonica.samplers import SAMPLERS
 from models import MODELS
@@ -202,7 +203,7 @@ class TrainConfig(BackboneConfig):
     REPLACED_BY_FLAG: ClassVar = (
         (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
-        (("global_batch_size",), ("lambda_batch_size",)),
+        (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),
         (("method",), ("data", "lambda_form", "compares_all")),
     )
 
@@ -256,6 +257,45 @@ class TrainConfig(BackboneConfig):
         "compare every output channel, as published, not only those the sampler uses; default: if "
         "beta is set by hand, whose scale it is",
     )
+    objective: str = option(
+        "sdt",
+        "what --method harmonica learns on: each step's output against the teacher's, or the "
+        "final image, differentiated through the whole trajectory",
+        choices=("sdt", "trajectory"),
+    )
+    predictor: str = option(
+        "last",
+        "what stands in for a skipped branch: its last value, a polynomial through the last two "
+        "or three, or learned coefficients",
+        choices=(*PREDICTORS, "learned"),
+    )
+    coordinate: str = option(
+        "time", "what distances between steps are measured in", choices=COORDINATES
+    )
+    coefficients: str = option(
+        "channel", "learned: one number per branch and step, or per channel", choices=COEFFICIENTS
+    )
+    fit: str = option(
+        "gradient",
+        "learned: together with the router, or in closed form after it",
+        choices=("gradient", "least-squares"),
+    )
+    coefficient_lr: float = option(0.003, "Adam learning rate of the coefficients", low=0)
+    freeze_schedule: Path | None = option(
+        None, "learn coefficients alone, for the schedule of this router file or schedule JSON"
+    )
+    refine: int = option(
+        0, "flips to try after training with --objective trajectory, at equal cost", low=0
+    )
+    held_out_batch_size: int | None = option(
+        None,
+        "model rows that decide what is kept, over all processes; default: four times the batch",
+        low=1,
+    )
+    held_out_every: int = option(10, "updates between such decisions", low=1)
+    activation_checkpointing: bool = option(
+        False, "keep less for gradients and run parts again: less memory, a third more time"
+    )
     init_mean: float = option(0.0, "mean of the initial logits", low=-5, high=5)
     init_std: float = option(0.1, "standard deviation of the initial logits", low=0)
     lambda_c: int = option(200, "updates between refreshes of the image-error weights", low=1)
@@ -289,6 +329,8 @@ class TrainConfig(BackboneConfig):
             object.__setattr__(self, "max_steps", 1000)
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
+        if self.held_out_batch_size is None:
+            object.__setattr__(self, "held_out_batch_size", 4 * self.global_batch_size)
         if self.compares_all is None:
             published = self.budget is None or self.method == "learning-to-cache"
             object.__setattr__(self, "compares_all", published)
@@ -319,6 +361,27 @@ class TrainConfig(BackboneConfig):
                 )
         elif self.data is not None:
             raise HarmonicaError("--data is for --method learning-to-cache; drop it")
+        if self.method == "learning-to-cache" and (
+            self.objective != "sdt" or self.predictor != "last" or self.freeze_schedule
+        ):
+            raise HarmonicaError(
+                "--method learning-to-cache reuses last values at single steps; drop --objective, "
+                "--predictor and --freeze-schedule"
+            )
+        if self.freeze_schedule is not None and self.predictor != "learned":
+            raise HarmonicaError(
+                "--freeze-schedule leaves nothing to learn but coefficients; add --predictor "
+                "learned"
+            )
+        if self.objective == "trajectory" and self.budget is None:
+            raise HarmonicaError(
+                "--objective trajectory has no price for --l1; pass --target-cur or "
+                "--target-speedup"
+            )
+        if self.refine and (self.objective != "trajectory" or self.freeze_schedule is not None):
+            raise HarmonicaError(
+                "--refine moves what --objective trajectory has learned; add that, or drop it"
+            )
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,14 @@ class Learner(Protocol):
     Attributes:
         router: the scores.
         updates: optimiser steps so far.
+        learns: whether there is any sweep to make; if not, ``finish`` does it all.
         sweep_length: most updates in a sweep.
         refreshes: (update, lambda (T,)) of every re-estimate of image-error weights.
     """
 
     router: Router
     updates: int
+    learns: bool
     sweep_length: int
     refreshes: list[tuple[int, list[float]]]
 
@@ -53,6 +55,10 @@ class Learner(Protocol):
         Returns:
             Averages over its updates and all processes, for people; "loss" and "mse" among them.
         """
+        ...
+
+    def finish(self) -> None:
+        """What is left to do after the last update, before the export."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _recorded(
 
 def leave_one_out(student: Student) -> ImageErrors:
     """Image-error weights, HarmoniCa eq. 7: what forcing step s to compute changes in the image."""
-    batch, cache = student.trajectories, Cache(student.logits.shape[1])
+    batch, cache = student.trajectories, student.masking.cache()
     state, images, output_errors = State(batch.x_T), [], []
     for s in range(batch.num_steps):
         here: dict[int, Tensor] = {}
@@ -92,7 +92,7 @@ def cumulative(student: Student) -> ImageErrors:
     Compares the image with the router active up to and including step s to the image with it
     active only before s; after that everything is computed.
     """
-    batch, cache = student.trajectories, Cache(student.logits.shape[1])
+    batch, cache = student.trajectories, student.masking.cache()
     state, images, output_errors = State(batch.x_T), [], []
     computed: dict[int, Tensor] = {}
     for s in range(batch.num_steps):

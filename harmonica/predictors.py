@@ -126,13 +126,13 @@ class Learned:
 
     Attributes:
         base: ``LastValue`` or an ``Extrapolation`` of order 1.
-        level: (T, N, 1) or (T, N, d), for every channel.
+        level: (T, N, 1) or (T, N, d), for every channel; a list of T rows while they learn.
         slope: likewise.
     """
 
     base: LastValue | Extrapolation
-    level: Tensor
-    slope: Tensor
+    level: Tensor | list[Tensor]
+    slope: Tensor | list[Tensor]
     name = "learned"
     depth = 2
 
@@ -145,11 +145,11 @@ class Learned:
         return cls(base, zeros, zeros.clone())
 
     def weights(self, s: int, i: int, computed: Sequence[int]) -> tuple[Weight, ...]:
-        level = 1.0 + self.level[s, i]
+        level = 1.0 + self.level[s][i]
         if len(computed) == 1:
             return (level,)
         older = self.base.weights(s, i, computed)[1:]
-        slope = self.slope[s, i] - (older[0] if older else 0.0)
+        slope = self.slope[s][i] - (older[0] if older else 0.0)
         return (level + slope, -slope)
 
     @property
@@ -222,6 +222,8 @@ def from_dict(
 PREDICTORS = ("last", "taylor1", "taylor2")
 # What distances between steps are measured in.
 COORDINATES = ("step", "time", "log-snr")
+# Learned coefficients per (step, branch): one, or one per channel.
+COEFFICIENTS = ("scalar", "channel")
 
 
 def coordinate_of(kind: str, timesteps: Sequence[float]) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from harmonica.errors import HarmonicaError
 from harmonica.files import existing_file, read_safetensors, write_atomically
 
 FORMAT = "harmonica-prompts-1"
+# Captions written for this project, one per line.
+BUNDLED_PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,12 @@ class TextEncoder:
                 return kind.from_pretrained(self.name, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:160]
+            remedy = "pass a T5 or a pipeline of the Hub, or the folder of a copy"
+            if subfolder == "tokenizer" and find_spec("sentencepiece") is None:
+                remedy += ", and install the project with its extra [text] for sentencepiece"
             raise HarmonicaError(
                 f"--text-encoder {self.name} has no {subfolder} that can be loaded ({reason}); "
-                "pass a T5 or a pipeline of the Hub, or the folder of a copy"
+                f"{remedy}"
             ) from None
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
@@ -232,9 +238,14 @@ def encode_prompts(
             stacklevel=2,
         )
     null: tuple[Tensor, Tensor] | None = None
-    batches = []
+    batches, tokens = [], []
     for number, start in enumerate(
-        tqdm(range(0, len(texts), batch_size), desc=progress, disable=progress is None)
+        tqdm(
+            range(0, len(texts), batch_size),
+            desc=progress,
+            disable=progress is None,
+            unit="batch",
+        )
     ):
         some = texts[start : start + batch_size]
         part = None if parts is None else Path(parts) / f"{number:06}.safetensors"
@@ -246,16 +257,14 @@ def encode_prompts(
             batch = EncodedPrompts(some, embeddings, mask, null[0][0], null[1][0], encoder)
             if part is not None:
                 save_prompts(part, batch)
-        batches.append(batch)
+        tokens.append(batch.embeddings[batch.mask])
+        batches.append(replace(batch, embeddings=batch.embeddings[:0]))  # five times the tokens
     del t5
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the encoder held is for the transformer
-    return replace(
-        batches[0],
-        texts=texts,
-        embeddings=torch.cat([batch.embeddings for batch in batches]),
-        mask=torch.cat([batch.mask for batch in batches]),
-    )
+    mask = torch.cat([batch.mask for batch in batches])
+    embeddings = _unpacked(torch.cat(tokens), mask)
+    return replace(batches[0], texts=texts, embeddings=embeddings, mask=mask)
 
 
 def _finished(
@@ -264,6 +273,9 @@ def _finished(
     """A batch that an earlier call has left, if it is the one that is wanted."""
     if part is None or not part.is_file():
         return None
-    batch = load_prompts(part)
+    try:
+        batch = load_prompts(part)
+    except HarmonicaError:
+        return None
     same = (batch.texts, batch.encoder, batch.mask.shape[1]) == (texts, encoder, max_tokens)
     return batch if same else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Streams of one sample: its start noise is 0, the noise of step s is 2 + s, s < 1000.
 STREAMS = {"label": 1, "image": 2000, "mirrored": 2001, "unlabelled": 2002, "row": 2003}
-PURPOSES = ("sample", "train", "lambda", "calibration")
+PURPOSES = ("sample", "train", "lambda", "calibration", "held-out")
 
 
 @dataclass(frozen=True)

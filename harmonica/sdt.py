@@ -82,7 +82,7 @@ def train_trajectory(
     Teacher and student both start from the student's x_s, so errors of earlier reuse are in x and
     in the cache when later steps learn.
     """
-    cache = Cache(len(batch.model.branch_names))
+    cache = masking.cache()
 
     def predict(s: int, x: Tensor) -> Tensor:
         # The first step computes everything and fills the cache.

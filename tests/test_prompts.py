@@ -1,20 +1,24 @@
 """Prompts: encoding against the library's own call, and the file that keeps the result."""
 
 import gc
+import re
+import runpy
 import shutil
+import sys
 import warnings
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import relative
+from conftest import ROOT, relative
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_safetensors
 from harmonica.prompts import (
+    BUNDLED_PROMPTS,
     EncodedPrompts,
     TextEncoder,
     encode_prompts,
@@ -116,6 +120,14 @@ def test_finished_batches_are_not_encoded_again(tiny_t5, tmp_path, monkeypatch):
         encoded(tiny_t5, ("a", "b", "c", "d"), batch_size=1, parts=parts)
 
 
+def test_a_damaged_batch_is_encoded_again(tiny_t5, tmp_path):
+    whole = encoded(tiny_t5, batch_size=2, parts=tmp_path)
+    part = tmp_path / "000001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert same(encoded(tiny_t5, batch_size=2, parts=tmp_path), whole)
+    assert load_prompts(part).texts == TEXTS[2:]
+
+
 def test_a_file_gives_back_what_was_saved(tiny_t5, tmp_path):
     prompts = encoded(tiny_t5)
     save_prompts(tmp_path / "prompts.safetensors", prompts)
@@ -179,3 +191,47 @@ def test_prompts_in_single_precision_are_saved_in_half(tiny_t5, tmp_path):
     prompts = encoded(tiny_t5)
     save_prompts(tmp_path / "p", replace(prompts, embeddings=prompts.embeddings.float()))
     assert same(load_prompts(tmp_path / "p"), prompts)
+
+
+def test_the_script_encodes_a_text_file_once(tiny_t5, tmp_path, monkeypatch, capsys):
+    (tmp_path / "captions.txt").write_text("\n".join(("fog", "夜の橋", "a cat " * 20)), "utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> None:
+        command = [
+            "encode_prompts.py", "--prompts", "captions.txt", "--out", "out.safetensors",
+            "--text-encoder", str(tiny_t5), "--max-tokens", "40", *arguments,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(str(ROOT / "scripts" / "encode_prompts.py"), run_name="__main__")
+
+    with pytest.warns(UserWarning, match="1 of 3 prompts are longer than 40 tokens"):
+        run("--batch-size", "2")
+    printed = capsys.readouterr()
+    assert "out.safetensors: 3 prompts" in printed.out and "prompts: 100%" in printed.err
+    prompts = load_prompts(tmp_path / "out.safetensors")
+    assert prompts.texts[:2] == ("fog", "夜の橋") and prompts.encoder == str(tiny_t5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "out.safetensors"]
+    monkeypatch.setattr(TextEncoder, "encode", None)
+    run()  # nothing is left to do
+    with pytest.raises(SystemExit) as ended:
+        run("--max-tokens", "30")
+    assert ended.value.code == 2
+    refusal = capsys.readouterr().err
+    assert refusal.startswith("error: --out out.safetensors holds something else")
+
+
+def test_the_bundled_prompts_are_many_and_varied():
+    prompts = read_prompts(BUNDLED_PROMPTS)
+    assert len(prompts) >= 1000
+    words = [tuple(re.findall(r"[\w'-]+", prompt.lower())) for prompt in prompts]
+    assert len(set(words)) == len({frozenset(some) for some in words}) == len(prompts)
+    lengths = [len(some) for some in words]
+    assert min(lengths) >= 1 and 20 <= max(lengths) <= 40
+    assert sum(length <= 3 for length in lengths) > 40
+    assert sum(length >= 15 for length in lengths) > 50
+    assert len({word for some in words for word in some}) > 1500
+    # Nothing that surprises a tokenizer or a reader.
+    assert all(prompt == " ".join(prompt.split()) for prompt in prompts)
+    articles = re.compile(r"\b(a [aeio]|an [b-df-gj-np-tv-z])", re.IGNORECASE)
+    assert not [prompt for prompt in prompts if articles.search(prompt)]

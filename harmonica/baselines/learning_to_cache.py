@@ -88,7 +88,7 @@ class LearningToCache:
             # Every process draws the same row, so that its gradient can be averaged.
             s = self.rows[int(self.draws.integers("row", [k], count))]
             batch = self._noised(s - 1, k, *next(self._batches))
-            cache = Cache(len(batch.model.branch_names))
+            cache = masking.cache()
             learn_step(batch, s, _filled(batch, s, cache), cache, router, masking, update)
 
     def _noised(self, s: int, number: int, images: Tensor, labels: Tensor) -> Trajectories:

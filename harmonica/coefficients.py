@@ -1,0 +1,129 @@
+"""Learned coefficients of a predictor: as parameters, and in closed form.
+
+:class:`Coefficients` learns by gradient, on whatever objective the router has. ``fit_coefficients``
+takes one calibration batch: along the cached trajectory, what each skipped branch would have
+computed is regressed on what stands in for it.
+"""
+
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from harmonica.cache import Cache, Replay
+from harmonica.denoise import Trajectories
+from harmonica.predictors import Extrapolation, LastValue, Learned
+from harmonica.samplers import State
+from harmonica.schedule import Schedule
+
+# Weight of staying at the base, as a share of the values' own power: without it, channels that
+# hardly move would take any coefficient.
+RIDGE = 1e-3
+
+
+class Coefficients(nn.Module):
+    """Level and slope of :class:`Learned`, one parameter per step, zero at first.
+
+    So each step has its own optimiser state, as rows of a router have.
+    """
+
+    def __init__(
+        self,
+        base: LastValue | Extrapolation,
+        num_steps: int,
+        num_branches: int,
+        channels: int,
+    ):
+        super().__init__()
+        self.base = base
+
+        def rows() -> nn.ParameterList:
+            return nn.ParameterList(torch.zeros(num_branches, channels) for _ in range(num_steps))
+
+        self.level, self.slope = rows(), rows()
+
+    def row(self, s: int) -> tuple[Tensor, Tensor]:
+        """Parameters of step s, (N, channels) each."""
+        return self.level[s], self.slope[s]
+
+    def live(self) -> Learned:
+        """The predictor through which gradients reach these parameters."""
+        return Learned(self.base, list(self.level), list(self.slope))
+
+    def frozen(self) -> Learned:
+        """The predictor with these values, apart from them."""
+        level, slope = (torch.stack([row.detach() for row in t]) for t in (self.level, self.slope))
+        return Learned(self.base, level.cpu(), slope.cpu())
+
+
+class _Regressed:
+    """A skipped branch that also computes, fits its coefficients, and returns the fitted value."""
+
+    def __init__(self, cache: Cache, i: int, s: int, learned: Learned):
+        self.cache, self.i, self.s, self.learned = cache, i, s, learned
+
+    def __call__(self, fn, x: Tensor) -> Tensor:
+        target = fn(x)
+        fit_branch(self.learned, self.cache, self.i, self.s, target)
+        return self.cache.predict(self.i, self.s).to(target.dtype)
+
+
+def fit_branch(learned: Learned, cache: Cache, i: int, s: int, target: Tensor) -> None:
+    """Write the coefficients at (s, i) that bring the prediction nearest to ``target`` (B, L, d).
+
+    Least squares per channel, or over all channels where coefficients are scalars; a ridge keeps
+    them at the base where the data says nothing.
+    """
+    channels = learned.level.shape[-1]
+    values = [value.float() for value in cache.entries(i)[1]]
+    columns = [values[0]]
+    if len(values) > 1:
+        columns.append(values[0] - values[1])
+    rest = target.float() - cache.predict(i, s).float()  # coefficients are still zero here
+
+    def summed(a: Tensor, b: Tensor) -> Tensor:
+        products = (a * b).flatten(0, -2).double().sum(0)
+        return products.sum(0, keepdim=True) if channels == 1 else products
+
+    size = len(columns)
+    normal = torch.zeros(channels, size, size, dtype=torch.float64, device=rest.device)
+    right = torch.zeros(channels, size, dtype=torch.float64, device=rest.device)
+    for a, b in itertools.product(range(size), repeat=2):
+        normal[:, a, b] = summed(columns[a], columns[b])
+    for a in range(size):
+        right[:, a] = summed(columns[a], rest)
+    power = normal.diagonal(dim1=1, dim2=2)
+    normal += torch.diag_embed(RIDGE * power + 1e-12)
+    solved = torch.linalg.solve(normal, right)
+    learned.level[s, i] = solved[:, 0].to(learned.level)
+    if size > 1:
+        learned.slope[s, i] = solved[:, 1].to(learned.slope)
+
+
+@torch.no_grad()
+def fit_coefficients(
+    batch: Trajectories, schedule: Schedule, base: LastValue | Extrapolation, channels: int
+) -> Schedule:
+    """The schedule with coefficients in closed form, from one walk along the cached trajectory.
+
+    Later steps are fitted on trajectories with the fitted values of earlier ones in them.
+
+    Args:
+        batch: calibration samples, from noise.
+        base: what the coefficients start from.
+        channels: 1 for scalars, else the model's width.
+    """
+    steps, branches = schedule.compute.shape
+    learned = Learned.start(base, steps, branches, channels).to(batch.x_T.device)
+    cache = Cache(branches, learned)
+
+    def predict(s: int, x: Tensor) -> Tensor:
+        branches = [
+            Replay(cache, i, s, True) if computes else _Regressed(cache, i, s, learned)
+            for i, computes in enumerate(schedule.compute[s])
+        ]
+        return batch.predict(s, x, branches)
+
+    batch.walk(State(batch.x_T), predict)
+    return replace(schedule, predictor=learned.to(torch.device("cpu")))

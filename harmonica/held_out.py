@@ -1,0 +1,46 @@
+"""Seeds that nothing is trained on decide what is kept."""
+
+from dataclasses import replace
+
+import torch
+
+from harmonica.batches import Batches
+from harmonica.config import TrainConfig
+from harmonica.denoise import Trajectories
+from harmonica.engine import Engine
+from harmonica.predictors import LAST, Extrapolation, LastValue, create_predictor
+from harmonica.samplers import State
+from harmonica.schedule import Schedule
+
+
+class HeldOut:
+    """Image error of schedules on the same seeds, averaged over processes."""
+
+    def __init__(self, config: TrainConfig, batches: Batches, samples: int):
+        """``samples``: most of one forward of this process."""
+        self.accelerator = batches.accelerator
+        rows, flag = config.held_out_batch_size, "--held-out-batch-size"
+        mine = batches.indices(0, batches.samples(rows, flag))
+        self.batches: list[Trajectories] = [
+            batches.of("held-out", mine[first : first + samples])
+            for first in range(0, len(mine), samples)
+        ]
+        with torch.no_grad():
+            self.references = [b.walk(State(b.x_T), b.predict).x for b in self.batches]
+
+    @torch.no_grad()
+    def error(self, schedule: Schedule) -> float:
+        """Mean squared error of the final latents against the uncached ones."""
+        engine = Engine(schedule)
+        errors = [
+            (engine(batch) - reference).square().flatten(1).mean(1)
+            for batch, reference in zip(self.batches, self.references, strict=True)
+        ]
+        return self.accelerator.reduce(torch.cat(errors).mean(), "mean").item()
+
+    def better_base(
+        self, schedule: Schedule, coordinate: str, timesteps: tuple[float, ...]
+    ) -> LastValue | Extrapolation:
+        """What learned coefficients start from: the better of last values and linear forecasts."""
+        bases = (LAST, create_predictor("taylor1", coordinate, timesteps))
+        return min(bases, key=lambda base: self.error(replace(schedule, predictor=base)))
