@@ -13,7 +13,13 @@ from torch import Tensor
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import is_safetensors
-from harmonica.prompts import EncodedPrompts, encode_prompts, load_prompts, read_prompts
+from harmonica.prompts import (
+    BUNDLED_PROMPTS,
+    EncodedPrompts,
+    encode_prompts,
+    load_prompts,
+    read_prompts,
+)
 from models import MODELS
 from models.prompts import Prompts
 from models.transformer import Condition, DiffusionTransformer
@@ -80,11 +86,11 @@ class Placeholders:
 
 
 def _encoded(config: BackboneConfig, device: torch.device) -> EncodedPrompts:
-    """The prompts that the flags name, encoded now unless they are already."""
-    spec = MODELS[config.model]
-    if config.prompts is not None and config.prompts.is_file() and is_safetensors(config.prompts):
-        return load_prompts(config.prompts)
-    texts = [config.prompt] if config.prompt is not None else read_prompts(config.prompts)
+    """The prompts that the flags name, or those of the project, encoded unless they are already."""
+    spec, path = MODELS[config.model], config.prompts or BUNDLED_PROMPTS
+    if config.prompt is None and path.is_file() and is_safetensors(path):
+        return load_prompts(path)
+    texts = [config.prompt] if config.prompt is not None else read_prompts(path)
     encoder = config.text_encoder
     return encode_prompts(texts, encoder, device, spec.config.max_tokens, progress="prompts")
 

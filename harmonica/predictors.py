@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -152,6 +152,9 @@ class Learned:
         slope = self.slope[s][i] - (older[0] if older else 0.0)
         return (level + slope, -slope)
 
+    def to(self, device: torch.device) -> "Learned":
+        return replace(self, level=self.level.to(device), slope=self.slope.to(device))
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds besides ``to_dict``, on the CPU."""
@@ -230,7 +233,9 @@ def coordinate_of(kind: str, timesteps: Sequence[float]) -> tuple[float, ...]:
     """(T,) one number per step: its index, its time, or its log-SNR; ``kind`` says which."""
     if kind == "step":
         return tuple(float(s) for s in range(len(timesteps)))
-    return tuple(timesteps) if kind == "time" else tuple(log_snr(timesteps).tolist())
+    if kind == "time":
+        return tuple(float(t) for t in timesteps)
+    return tuple(log_snr(timesteps).tolist())
 
 
 def create_predictor(name: str, kind: str, timesteps: Sequence[float]) -> LastValue | Extrapolation:
