@@ -229,20 +229,30 @@ COORDINATES = ("step", "time", "log-snr")
 COEFFICIENTS = ("scalar", "channel")
 
 
-def coordinate_of(kind: str, timesteps: Sequence[float]) -> tuple[float, ...]:
+def coordinate_of(
+    kind: str, timesteps: Sequence[float], noise_schedule: str = "linear"
+) -> tuple[float, ...]:
     """(T,) one number per step: its index, its time, or its log-SNR; ``kind`` says which."""
     if kind == "step":
         return tuple(float(s) for s in range(len(timesteps)))
     if kind == "time":
         return tuple(float(t) for t in timesteps)
-    return tuple(log_snr(timesteps).tolist())
+    return tuple(log_snr(timesteps, noise_schedule).tolist())
 
 
-def create_predictor(name: str, kind: str, timesteps: Sequence[float]) -> LastValue | Extrapolation:
-    """The predictor that ``--predictor`` calls ``name``, without anything learned."""
+def create_predictor(
+    name: str, kind: str, timesteps: Sequence[float], noise_schedule: str = "linear"
+) -> LastValue | Extrapolation:
+    """The predictor that ``--predictor`` calls ``name``, without anything learned.
+
+    Args:
+        kind: one of ``COORDINATES``.
+        noise_schedule: a key of ``harmonica.diffusion.NOISE_SCHEDULES``.
+    """
     if name == "last":
         return LAST
-    return Extrapolation(PREDICTORS.index(name), coordinate_of(kind, timesteps))
+    coordinate = coordinate_of(kind, timesteps, noise_schedule)
+    return Extrapolation(PREDICTORS.index(name), coordinate)
 
 
 def combine(weights: Sequence[Weight], values: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from harmonica.backbone import Backbone, load_backbone, load_decoder, select_device
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import Backbone, load_backbone, select_device
 from harmonica.baselines import METHODS, Plan
 from harmonica.config import SampleConfig
 from harmonica.engine import Engine
@@ -25,25 +26,23 @@ from harmonica.sampling import eight_bit, load_schedule, sample, trajectories, w
 from harmonica.timing import Timing, timed
 
 REPORT = "report.json"
+DEFAULT_IMAGES = 16
 
 
 def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor | None]:
     """Number of images and their labels; None draws them from the seed."""
-    num_classes = backbone.model.config.num_classes
-    if config.classes is None:
+    known, chosen = backbone.conditions.count, config.classes
+    if chosen is None and config.names_prompts:
+        chosen = range(known)
+    if chosen is None:
         if config.num_images is not None:
             return config.num_images, None
-        count = min(num_classes, 16)
-        return count, torch.arange(count)
-    wrong = [label for label in config.classes if not 0 <= label < num_classes]
+        chosen = range(min(known, DEFAULT_IMAGES))
+    wrong = [label for label in chosen if not 0 <= label < known]
     if wrong:
-        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {num_classes - 1}")
-    labels = torch.tensor(config.classes)
-    if config.num_images is None:
-        return len(labels), labels
-    return config.num_images, labels.repeat(-(-config.num_images // len(labels)))[
-        : config.num_images
-    ]
+        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {known - 1}")
+    count = len(chosen) if config.num_images is None else config.num_images
+    return count, torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
 
 def save_images(folder: Path, images: Tensor) -> None:
@@ -68,7 +67,9 @@ def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | 
     if config.method is not None:
         name, plan = config.method, METHODS[config.method](backbone, config.budget, config.seed)
     elif config.path is not None:
-        schedule = load_schedule(config.path, config.threshold, backbone, config.semantics)
+        schedule = load_schedule(
+            config.path, config.threshold, backbone, config.semantics, config.force
+        )
         name, plan = "router", Plan(backbone, schedule)
     else:
         return None

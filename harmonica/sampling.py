@@ -13,7 +13,6 @@ from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import existing_file
-from harmonica.predictors import create_predictor
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.schedule import Schedule
@@ -24,9 +23,13 @@ def load_schedule(
     threshold: float | None,
     backbone: Backbone,
     semantics: str = "harmonica",
+    force: bool = False,
     flag: str = "--path",
 ) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
+
+    Args:
+        force: take one that was trained for another sampler.
 
     Raises:
         HarmonicaError: it does not.
@@ -48,7 +51,7 @@ def load_schedule(
             )
         return schedule
     router = load_router(path, flag)
-    router.check(backbone.model, backbone.router_info())
+    router.check(backbone.model, backbone.router_info(), force)
     return router.to_schedule(backbone.costs, threshold, semantics)
 
 
@@ -66,22 +69,25 @@ def with_predictor(
         raise HarmonicaError(
             f"--predictor {name} forecasts branches, which this method does not reuse; drop it"
         )
-    predictor = create_predictor(name, coordinate, backbone.sampler.timesteps)
-    return replace(schedule, predictor=predictor)
+    return replace(schedule, predictor=backbone.predictor(name, coordinate))
 
 
 def trajectories(
     backbone: Backbone, draws: Draws, indices: Sequence[int], labels: Tensor | None = None
 ) -> Trajectories:
-    """The batch of samples with these indices; labels are drawn unless given, (n,) int64."""
+    """The batch of samples with these indices.
+
+    Args:
+        labels: (n,) int64 classes, or places in the list of prompts; drawn if None.
+    """
     shape, device = backbone.latent_shape, backbone.device
     if labels is None:
-        labels = draws.labels(indices, backbone.model.config.num_classes)
+        labels = draws.labels(indices, backbone.conditions.count)
     return Trajectories(
         backbone.model,
         backbone.sampler,
         backbone.guidance,
-        y=labels.to(device),
+        y=backbone.conditions.of(labels).to(device),
         x_T=draws.initial_noise(indices, shape).to(device),
         noise=lambda s: draws.step_noise(s, indices, shape).to(device),
         indices=indices,

@@ -10,7 +10,7 @@ from harmonica.batches import Batches
 from harmonica.coefficients import Coefficients, fit_coefficients
 from harmonica.config import TrainConfig
 from harmonica.held_out import HeldOut
-from harmonica.predictors import Predictor, create_predictor
+from harmonica.predictors import Predictor
 from harmonica.schedule import Schedule
 
 
@@ -24,14 +24,16 @@ class Values:
     def __init__(self, config: TrainConfig, batches: Batches, start: Schedule, samples: int):
         """``samples``: of one forward of this process."""
         self.config, self.batches, self.samples = config, batches, samples
-        model, timesteps = batches.backbone.model, batches.backbone.sampler.timesteps
-        self.channels = 1 if config.coefficients == "scalar" else model.config.hidden_size
+        backbone = batches.backbone
+        width = backbone.model.config.hidden_size
+        self.channels = 1 if config.coefficients == "scalar" else width
         self._held_out: HeldOut | None = None
         self._coefficients: Coefficients | None = None
         if config.predictor != "learned":
-            self.base = create_predictor(config.predictor, config.coordinate, timesteps)
+            self.base = backbone.predictor(config.predictor, config.coordinate)
             return
-        self.base = self.held_out.better_base(start, config.coordinate, timesteps)
+        line = backbone.predictor("taylor1", config.coordinate)
+        self.base = self.held_out.better_base(start, line)
         if config.fit == "gradient":
             shape = start.compute.shape
             device = batches.accelerator.device

@@ -96,6 +96,7 @@ class CompareConfig(BackboneConfig):
     FREE: ClassVar[set[str]] = {"methods", "speedups", "curs", "seeds", "batch_size", "out"}
 
     def __post_init__(self):
+        super().__post_init__()
         if self.speedups is None and self.curs is None:
             object.__setattr__(self, "speedups", (1.25, 1.5, 2.0, 2.5))
 

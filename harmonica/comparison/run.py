@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,8 +11,9 @@ from accelerate import PartialState
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from harmonica.backbone import load_backbone, load_decoder, select_device
-from harmonica.baselines import METHODS, Plan
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import load_backbone, select_device
+from harmonica.baselines import METHODS, OF_LONG_SKIPS, Plan
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
 from harmonica.comparison.config import TRAINED, TRAINED_AT_LEVEL, Cell, CompareConfig
@@ -33,7 +33,6 @@ from harmonica.options import plain
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
 from harmonica.router import SEMANTICS, RouterFile, budget_schedule, load_router
-from harmonica.samplers import create_sampler
 from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
@@ -90,6 +89,8 @@ class Comparison:
         for level in self.config.levels:
             for method in self.config.methods:
                 if method == "learning-to-cache" and self.config.data is None:
+                    continue
+                if method in OF_LONG_SKIPS and not self.backbone.model.joins:
                     continue
                 for seed in self.config.seeds if Cell(method).has_seeds else (0,):
                     yield Cell(method, level, seed)
@@ -263,8 +264,8 @@ class Comparison:
 
     @cached_property
     def exact_latents(self) -> Tensor:
-        solver = create_sampler("ddim", self.config.exact_steps)
-        return self._kept("exact", Plan(replace(self.backbone, sampler=solver)))
+        exact = self.backbone.sampled_by("ddim", self.config.exact_steps)
+        return self._kept("exact", Plan(exact))
 
     @cached_property
     def uncached_images(self) -> Tensor:

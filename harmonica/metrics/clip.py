@@ -1,31 +1,11 @@
 """CLIP score: how well images fit the prompts that they were made from."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import existing_file
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line.
-
-    Raises:
-        HarmonicaError: unreadable, or a line without a prompt.
-    """
-    try:
-        lines = existing_file(path, "--prompts").read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise HarmonicaError(f"--prompts {path} is not UTF-8 text; save it as such") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise HarmonicaError(
-                f"--prompts {path}: line {number} is empty; give every image a prompt"
-            )
-    return lines
 
 
 class ClipScore:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from harmonica.backbone import Backbone, load_backbone, load_decoder
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import Backbone, load_backbone
 from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import FolderImages, ImageSet, open_images, pixels
@@ -77,7 +78,7 @@ def _sampled(config: EvaluateConfig, device: torch.device) -> Subject:
     uncached = images("sampled, uncached", None)
     if config.path is None:
         return Subject(uncached, config.num_images, None, backbone)
-    schedule = load_schedule(config.path, config.threshold, backbone)
+    schedule = load_schedule(config.path, config.threshold, backbone, force=config.force)
     schedule = with_predictor(schedule, config.predictor, config.coordinate, backbone)
     against = uncached if config.against is None else None
     samples = images("sampled with the router", schedule)
