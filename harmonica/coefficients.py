@@ -6,7 +6,7 @@ computed is regressed on what stands in for it.
 """
 
 import itertools
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class _Regressed:
     def __init__(self, cache: Cache, i: int, s: int, learned: Learned):
         self.cache, self.i, self.s, self.learned = cache, i, s, learned
 
-    def __call__(self, fn, x: Tensor) -> Tensor:
+    def __call__(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         target = fn(x)
         fit_branch(self.learned, self.cache, self.i, self.s, target)
         return self.cache.predict(self.i, self.s).to(target.dtype)
@@ -104,8 +104,8 @@ def fit_branch(learned: Learned, cache: Cache, i: int, s: int, target: Tensor) -
 @torch.no_grad()
 def fit_coefficients(
     batch: Trajectories, schedule: Schedule, base: LastValue | Extrapolation, channels: int
-) -> Schedule:
-    """The schedule with coefficients in closed form, from one walk along the cached trajectory.
+) -> Learned:
+    """Coefficients in closed form, from one walk along the cached trajectory.
 
     Later steps are fitted on trajectories with the fitted values of earlier ones in them.
 
@@ -126,4 +126,4 @@ def fit_coefficients(
         return batch.predict(s, x, branches)
 
     batch.walk(State(batch.x_T), predict)
-    return replace(schedule, predictor=learned.to(torch.device("cpu")))
+    return learned

@@ -1,6 +1,7 @@
 """What runs are configured by: every default stands here, once."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
 from harmonica.metrics import EXTRACTORS, METRICS
 from harmonica.objective import ESTIMATORS, FORMS
-from harmonica.options import Options, flag_of, option
+from harmonica.options import Options, flag_of, option, read_preset
 from harmonica.predictors import COEFFICIENTS, COORDINATES, PREDICTORS
 from harmonica.router import SEMANTICS, load_router
 from harmonica.samplers import SAMPLERS
@@ -21,6 +22,13 @@ BUDGETS = ("l1", "target_cur", "target_speedup")
 # What sampling takes over from a router file unless a flag says otherwise.
 SHARED_WITH_ROUTER = ("model", "image_size", "num_classes", "sampler", "eta", "cfg_scale")
 PRECISIONS = ("no", "bf16", "fp16")
+# What a run may change when it goes on: how long it is, and what does not touch its numbers.
+LENGTH_AND_OUTPUT = (
+    "resume", "results_dir", "max_steps", "epochs", "log_every", "ckpt_every", "keep_ckpts",
+    "timeout", "wandb", "num_workers", "compile", "cuda_graphs", "ckpt",
+)  # fmt: skip
+# Also, if somebody asks for it: the remedies of a loss that is not finite.
+REMEDIES = ("lr", "adam_eps", "mixed_precision")
 # Keys of ``harmonica.baselines.METHODS``, which stands above this module.
 METHODS = (
     "fewer-steps",
@@ -227,8 +235,19 @@ class TrainConfig(BackboneConfig):
         "else sensitivity; constant is the loss of Learning-to-Cache",
         choices=FORMS,
     )
+    resume: str | None = option(
+        None,
+        "run directory to go on with, its options standing unless flags say otherwise; auto: the "
+        "newest one under --results-dir with the same options, or a new one",
+    )
     log_every: int = option(100, "updates between lines of metrics.jsonl", low=1)
-    ckpt_every: int = option(1000, "updates between checkpoints", low=1)
+    ckpt_every: int = option(
+        1000, "most updates between checkpoints, unless one trajectory has more", low=1
+    )
+    keep_ckpts: int = option(3, "newest checkpoints that are kept", low=2)
+    timeout: int = option(
+        900, "seconds that a process waits for one that does not answer before it ends", low=1
+    )
     wandb: bool = option(False, "report to Weights & Biases")
     num_workers: int = option(
         0,
@@ -260,6 +279,31 @@ class TrainConfig(BackboneConfig):
     def budget(self) -> Budget | None:
         """What beta is steered to; None if it is set by hand."""
         return budget_of(self)
+
+    @classmethod
+    def known_from_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What the run that goes on was started with."""
+        resume = values.get("resume")
+        if resume in (None, "auto"):
+            return {}
+        path = Path(resume) / "config.yaml"
+        if not path.is_file():
+            raise HarmonicaError(
+                f"--resume {resume} is not a run directory; pass one, or auto for the newest"
+            )
+        known = read_preset(cls, path)
+        if values.keys() & {"epochs", "max_steps"}:
+            known.update(epochs=None, max_steps=None)
+        return known
+
+    def differences(self, recorded: "TrainConfig", may_change: Collection[str]) -> list[str]:
+        """Options that a run was started with otherwise, apart from some; as flag and value."""
+        return [
+            f"{flag_of(spec.name)} {getattr(recorded, spec.name)}"
+            for spec in fields(self)
+            if spec.name not in may_change
+            and getattr(self, spec.name) != getattr(recorded, spec.name)
+        ]
 
     def check(self) -> None:
         """Also: one budget, and images where they are needed and only there."""

@@ -1,6 +1,6 @@
 """The only denoising loop, and the only classifier-free guidance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,6 +107,7 @@ class Trajectories:
         noise: s to the noise added after evaluation s; None for deterministic samplers.
         compares_all: whether ``output_error`` takes every row and channel, as published, or only
             those that the sampler uses.
+        indices: (n,) global sample indices, for messages about single samples.
     """
 
     model: nn.Module
@@ -116,6 +117,7 @@ class Trajectories:
     x_T: Tensor
     noise: Callable[[int], Tensor] | None = None
     compares_all: bool = True
+    indices: Sequence[int] = ()
 
     @property
     def num_steps(self) -> int:
@@ -170,6 +172,11 @@ class Trajectories:
         stop: int | None = None,
     ) -> State:
         return denoise(self.sampler, state, predict, start=start, stop=stop, noise=self.noise)
+
+    def finite(self, output: Tensor) -> Tensor:
+        """(n,) which samples have nothing but finite numbers in a guided output."""
+        rows = output.flatten(1).isfinite().all(dim=1)
+        return rows.unflatten(0, (-1, len(self.x_T))).all(dim=0)
 
     def output_error(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Mean squared difference of two guided outputs, ()."""

@@ -8,7 +8,7 @@ import requests
 from tqdm import tqdm
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import sha256, write_atomically
+from harmonica.files import recorded, sha256, write_record
 from models import WeightSource
 
 CACHE = Path(os.environ.get("HARMONICA_CACHE", "checkpoints"))
@@ -93,8 +93,7 @@ def _fetch(source: WeightSource, path: Path) -> Path:
                 partial.unlink()
                 reasons.append(f"{url.split('/')[2]}: not the expected file")
                 continue
-            record = path.with_name(path.name + ".sha256")
-            write_atomically(record, f"{digest}  {path.name}\n".encode())
+            write_record(path, digest)
             os.replace(partial, path)
         except (requests.RequestException, OSError) as error:
             reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
@@ -112,12 +111,12 @@ def verify(path: Path, expected: str | None = None) -> str:
     Raises:
         HarmonicaError: it differs from that, or from ``expected``, known beforehand.
     """
-    digest, record = sha256(path), path.with_name(path.name + ".sha256")
+    digest, known = sha256(path), recorded(path)
     if expected not in (None, digest):
         raise HarmonicaError(
             f"{path} is not the published file of that name; delete it and fetch it again"
         )
-    if record.is_file() and record.read_text().split()[:1] != [digest]:
+    if known not in (None, digest):
         raise HarmonicaError(
             f"{path} has changed since it was fetched; delete it and fetch it again"
         )

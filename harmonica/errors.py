@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,18 @@ SAY_FIRST_S = 5
 
 class HarmonicaError(Exception):
     """Bad input: the message is one sentence that names the flag or file and the remedy."""
+
+
+class Interrupted(Exception):
+    """A signal asked the program to end; what it stands on is on disk.
+
+    Attributes:
+        signal: which one came, to this process or to another.
+    """
+
+    def __init__(self, signum: int, standing: str = ""):
+        super().__init__(standing)
+        self.signal = signal.Signals(signum)
 
 
 class OutOfReach(HarmonicaError):
@@ -34,6 +47,10 @@ def run_command(program: Callable[[], None]) -> Callable[[], None]:
             else:
                 time.sleep(SAY_FIRST_S)
             sys.exit(2)
+        except Interrupted as stop:
+            if str(stop):
+                print(f"stopped by {stop.signal.name}; {stop}", file=sys.stderr, flush=True)
+            sys.exit(128 + stop.signal)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -1,6 +1,8 @@
 """What a training run needs of a way of learning; and the published way, one row at a time."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +13,10 @@ from harmonica.baselines.learning_to_cache import LearningToCache
 from harmonica.batches import Batches
 from harmonica.cache import Masking
 from harmonica.config import TrainConfig
+from harmonica.consensus import Consensus, Origin
 from harmonica.labelled_images import LabelledImages
 from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
+from harmonica.plots import lambda_curve
 from harmonica.router import Router, budget_schedule, threshold_schedule
 from harmonica.schedule import Schedule
 from harmonica.sdt import (
@@ -22,6 +26,7 @@ from harmonica.sdt import (
     TrainingMethod,
     router_optimizer,
 )
+from harmonica.values import Values
 
 
 class Learner(Protocol):
@@ -32,14 +37,12 @@ class Learner(Protocol):
         updates: optimiser steps so far.
         learns: whether there is any sweep to make; if not, ``finish`` does it all.
         sweep_length: most updates in a sweep.
-        refreshes: (update, lambda (T,)) of every re-estimate of image-error weights.
     """
 
     router: Router
     updates: int
     learns: bool
     sweep_length: int
-    refreshes: list[tuple[int, list[float]]]
 
     def schedule(self) -> Schedule:
         """What would be exported now."""
@@ -55,6 +58,10 @@ class Learner(Protocol):
         Returns:
             Averages over its updates and all processes, for people; "loss" and "mse" among them.
         """
+        ...
+
+    def draw(self, folder: Path) -> None:
+        """Pictures of how learning went."""
         ...
 
     def finish(self) -> None:
@@ -74,8 +81,18 @@ class StepwiseLearner:
     With a budget beta is steered to it; without one it stays as given.
     """
 
-    def __init__(self, config: TrainConfig, batches: Batches):
-        self.config, self.batches = config, batches
+    learns = True
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Batches,
+        consensus: Consensus,
+        frozen: Schedule | None = None,
+    ):
+        """``frozen``: a schedule for which coefficients alone are learned."""
+        self.config, self.batches, self.consensus = config, batches, consensus
+        self.frozen = frozen
         self.accelerator, self.backbone = batches.accelerator, batches.backbone
         halves = None if config.method == "harmonica" else 1
         self.samples = batches.samples(
@@ -95,14 +112,22 @@ class StepwiseLearner:
             config.init_std,
             self.method.rows,
         ).to(self.accelerator.device)
+        start = self._decided()  # a target out of reach is refused before anything is written
+        self.values = Values(config, batches, start, self.samples)
         self.optimizer = self.accelerator.prepare(
-            router_optimizer(self.router, config.lr, config.adam_eps)
+            router_optimizer(
+                self.router,
+                config.lr,
+                config.adam_eps,
+                self.values.parameters,
+                config.coefficient_lr,
+            )
         )
-        self.schedule()  # a target out of reach is refused before anything is written
         self.beta = BetaControl(config.l1, config.budget is not None, config.lr)
         self.weights = torch.zeros(config.num_sampling_steps)
         self.refreshes: list[tuple[int, list[float]]] = []
         self.updates = self.trajectories = self.refresh_at = 0
+        self.finished: Schedule | None = None
 
     def _training_method(self) -> TrainingMethod:
         """Whole trajectories from noise, or pairs of steps from images."""
@@ -127,6 +152,13 @@ class StepwiseLearner:
 
     def schedule(self) -> Schedule:
         """What the scores stand for now: at the target if there is one, else at the threshold."""
+        if self.finished is not None:
+            return self.finished
+        return replace(self._decided(), predictor=self.values.frozen())
+
+    def _decided(self) -> Schedule:
+        if self.frozen is not None:
+            return self.frozen
         config, logits, costs = self.config, self.router.logits(), self.backbone.costs
         if config.budget is not None:
             return budget_schedule(logits, costs, config.budget, self.method.rows)
@@ -134,7 +166,8 @@ class StepwiseLearner:
 
     def masking(self) -> Masking:
         """How the scores act on the next trajectory: they cut where the exported schedule cuts."""
-        return Masking(self.schedule().compute, self.config.mask, self.config.stores_fresh)
+        kind = self.config.mask if self.frozen is None else "hard"
+        return Masking(self._decided().compute, kind, self.config.stores_fresh, self.values.live())
 
     def cut(self) -> float:
         if self.config.budget is None:
@@ -155,28 +188,48 @@ class StepwiseLearner:
         student = Student(batch, self.router.logits(), self.masking())
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
-        image, output = self.accelerator.reduce(torch.stack([errors.image, errors.output]), "mean")
+        origin = Origin(f"the image-error weights of update {self.updates}", batch.indices)
+        image, output = self.consensus.mean(torch.stack([errors.image, errors.output]), origin)
         self.weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
         self.refreshes.append((self.updates, self.weights.tolist()))
 
     def update(self, step: StepError) -> tuple[Tensor, Tensor]:
-        """One AdamW step of one row.
+        """One AdamW step of one row, which all processes make or none.
 
         Returns:
             (3,) loss, teacher-student error, sum of scores; and (N,) what a unit of each score
             saves in weighted error.
         """
         row, weight = self.router.row(step.s), self.weights[step.s].item()
+        learning = [row, *self.values.row(step.s)]
         loss = iepo_loss(step.error, step.scores, weight, self.beta.beta)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        row.grad = self.accelerator.reduce(row.grad, "mean")
+        where = f"step {step.s} of trajectory {self.trajectories}, update {self.updates}"
+        origin = Origin(where, step.indices, step.finite)
+        self._average_gradients(learning, loss, origin)
+        if self.frozen is not None:
+            row.grad = None
         self.optimizer.step()
         self.router.clamp(step.s)
         self.updates += 1
         scores = step.scores.detach()
-        worths = self.beta.beta - row.grad / (scores * (1 - scores))
+        worths = torch.zeros_like(scores)
+        if row.grad is not None:
+            worths = self.beta.beta - row.grad / (scores * (1 - scores))
         return torch.stack([loss.detach(), step.error.detach(), scores.sum()]), worths
+
+    def _average_gradients(self, learning: list[Tensor], loss: Tensor, origin: Origin) -> None:
+        for parameter in learning:
+            if parameter.grad is None:  # a coefficient that nothing of this step reads
+                parameter.grad = torch.zeros_like(parameter)
+        self.consensus.average_all(learning, loss, origin)
+
+    def draw(self, folder: Path) -> None:
+        lambda_curve(folder / "lambda.png", self.refreshes)
+
+    def finish(self) -> None:
+        self.finished = self.values.fitted(self.schedule())
 
     def sweep(self, remaining: int | None = None) -> dict[str, float]:
         """One trajectory; before it, every ``lambda_c`` updates, a refresh of the weights."""
@@ -199,7 +252,7 @@ class StepwiseLearner:
 
     def _steer_beta(self, worths: Tensor) -> None:
         """After a trajectory: move beta towards the target share of reused branches."""
-        if self.config.budget is None:
+        if self.config.budget is None or self.frozen is not None:
             return
         rows = list(self.method.rows)
         target = 1.0 - float(self.schedule().compute[rows].mean())
@@ -212,6 +265,7 @@ class StepwiseLearner:
     def state_dict(self) -> dict[str, Any]:
         return {
             "router": self.router.state_dict(),
+            "values": self.values.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
             "trajectories": self.trajectories,
@@ -219,12 +273,18 @@ class StepwiseLearner:
             "refresh_at": self.refresh_at,
             "weights": self.weights,
             "beta": self.beta.beta,
+            "method": self.method.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
+        self.values.load_state_dict(state["values"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # these may be changed when a run goes on
+            group.update(eps=self.config.adam_eps)
+        self.optimizer.param_groups[0]["lr"] = self.config.lr
         self.updates, self.trajectories = state["updates"], state["trajectories"]
         self.refreshes = [(update, list(weights)) for update, weights in state["refreshes"]]
         self.refresh_at, self.weights = state["refresh_at"], state["weights"]
         self.beta.beta = state["beta"]
+        self.method.load_state_dict(state["method"])

@@ -71,6 +71,19 @@ def lambda_curve(path: Path, refreshes: list[tuple[int, list[float]]]) -> None:
     _save(figure, path)
 
 
+def learning_curve(path: Path, history: list[tuple[int, float]]) -> None:
+    """Image error of the best schedule so far on held-out seeds; ``history``: (update, error)."""
+    figure = Figure((7, 4), layout="constrained")
+    axis = figure.subplots()
+    updates, errors = zip(*history, strict=True)
+    axis.step(updates, errors, where="post", marker="o", markersize=3)
+    axis.set_yscale("log")
+    axis.set_xlabel("update")
+    axis.set_ylabel("image error, held-out seeds")
+    axis.grid(alpha=0.3, which="both")
+    _save(figure, path)
+
+
 def image_grid(path: Path, images: Tensor, columns: int) -> None:
     """Images (n, 3, H, W) in [0, 1] row by row; small ones are enlarged to be seen."""
     scale = max(1, 96 // images.shape[-1])

@@ -69,7 +69,7 @@ def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | 
         return config.method, METHODS[config.method](backbone, config.budget, config.seed)
     if config.path is not None:
         schedule = load_schedule(
-            config.path, config.threshold, backbone, config.semantics, config.force
+            config.path, config.threshold, backbone, config.semantics, force=config.force
         )
         return "router", Plan(backbone, schedule)
     return None

@@ -1,16 +1,19 @@
 """Where output goes, and the folder of a run: config, metrics, checkpoints, router, pictures."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmonica.config import BackboneConfig
+from harmonica.config import LENGTH_AND_OUTPUT, REMEDIES, BackboneConfig, TrainConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import read_json, write_atomically
-from harmonica.options import to_yaml
+from harmonica.lock import held
+from harmonica.options import read_preset, to_yaml
 
 _NAME = re.compile(r"\d{3,}-")
 
@@ -31,6 +34,15 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[0])
+
+
+def _recorded(path: Path) -> TrainConfig:
+    """What a run was started with."""
+    return TrainConfig(**read_preset(TrainConfig, path / "config.yaml"))
 
 
 def _next_folder(parent: Path, number: int, label: str) -> Path:
@@ -69,17 +81,54 @@ class RunDirectory:
                     f"--results-dir {parent} holds files that are not runs ({foreign[0]}); pass an "
                     "empty or new folder"
                 )
-            numbers = [int(e.name.split("-")[0]) for e in entries if _NAME.match(e.name)]
+            numbers = [_number(entry) for entry in entries if _NAME.match(entry.name)]
             label = f"{config.model.replace('/', '-')}-T{config.num_sampling_steps}"
             path = _next_folder(parent, 1 + max(numbers, default=-1), label)
         except OSError as error:
             raise HarmonicaError(
                 f"--results-dir {parent} cannot be written to ({error.strerror}); pass another"
             ) from None
-        run = cls(path)
-        write_atomically(run.path / "config.yaml", to_yaml(config).encode())
-        write_atomically(run.path / "commit.txt", f"{commit()}\n".encode())
-        return run
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path, config: TrainConfig) -> "RunDirectory":
+        """An earlier run, to go on with.
+
+        Raises:
+            HarmonicaError: it was trained otherwise.
+        """
+        different = config.differences(_recorded(path), LENGTH_AND_OUTPUT + REMEDIES)
+        if different:
+            raise HarmonicaError(
+                f"--resume {path} was trained with {', '.join(different)}; drop what says "
+                "otherwise, or start a new run"
+            )
+        return cls(path)
+
+    @classmethod
+    def newest_like(cls, parent: Path, config: TrainConfig) -> "RunDirectory | None":
+        """The run under ``parent`` with the highest number that was started with these options."""
+        folders = [path for path in parent.glob("*") if _NAME.match(path.name)]
+        for path in sorted(folders, key=_number, reverse=True):
+            with contextlib.suppress(HarmonicaError):  # not a run of this version
+                if not config.differences(_recorded(path), LENGTH_AND_OUTPUT):
+                    return cls(path)
+        return None
+
+    def record(self, config: BackboneConfig) -> None:
+        """What the run is, and by which commit; a line for every start."""
+        write_atomically(self.path / "config.yaml", to_yaml(config).encode())
+        known = self.path / "commit.txt"
+        earlier = known.read_text() if known.exists() else ""
+        write_atomically(known, f"{earlier}{commit()}\n".encode())
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """The run to oneself.
+
+        Raises:
+            HarmonicaError: another process has it.
+        """
+        return held(self.path / ".lock", f"the run {self.path}")
 
     @property
     def router(self) -> Path:
@@ -89,8 +138,21 @@ class RunDirectory:
     def schedule(self) -> Path:
         return self.path / "schedule.json"
 
-    def checkpoint(self, updates: int) -> Path:
-        return self.path / "checkpoints" / f"{updates:07d}.pt"
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def forget_after(self, updates: int) -> None:
+        """Drop lines of ``metrics.jsonl`` that training will write again, and one cut short."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if line.endswith("\n") and json.loads(line)["update"] <= updates:
+                    kept.append(line)
+        write_atomically(path, "".join(kept).encode())
 
     def log(self, record: dict) -> None:
         """Append one line to ``metrics.jsonl``."""

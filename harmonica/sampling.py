@@ -11,6 +11,7 @@ from harmonica.backbone import Backbone
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
+from harmonica.files import existing_file
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.schedule import Schedule
@@ -21,6 +22,7 @@ def load_schedule(
     threshold: float | None,
     backbone: Backbone,
     semantics: str = "harmonica",
+    flag: str = "--path",
     force: bool = False,
 ) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
@@ -32,21 +34,22 @@ def load_schedule(
         HarmonicaError: it does not.
     """
     if path.suffix == ".json":
+        existing_file(path, flag)
         if threshold is not None or semantics != "harmonica":
             raise HarmonicaError(
-                f"--path {path} is a schedule, which has no scores for --threshold or --semantics; "
+                f"{flag} {path} is a schedule, which has no scores for --threshold or --semantics; "
                 "pass the router"
             )
         schedule = Schedule.load(path)
         steps = len(backbone.sampler.timesteps)
         if (schedule.num_steps, schedule.costs) != (steps, backbone.costs):
             raise HarmonicaError(
-                f"--path {path} is a schedule of {schedule.num_steps} steps and "
+                f"{flag} {path} is a schedule of {schedule.num_steps} steps and "
                 f"{len(schedule.costs.names)} branches, which does not fit --model "
                 f"{backbone.name} with --num-sampling-steps {steps}; pass the matching one"
             )
         return schedule
-    router = load_router(path)
+    router = load_router(path, flag)
     router.check(backbone.model, backbone.router_info(), force)
     return router.to_schedule(backbone.costs, threshold, semantics)
 
@@ -65,6 +68,7 @@ def trajectories(
         y=labels.to(device),
         x_T=draws.initial_noise(indices, shape).to(device),
         noise=lambda s: draws.step_noise(s, indices, shape).to(device),
+        indices=indices,
     )
 
 

@@ -1,9 +1,9 @@
 """Step-wise denoising training (SDT): the trajectory in which a router learns, and its price."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,18 @@ from harmonica.samplers import State
 
 @dataclass(frozen=True)
 class StepError:
-    """One training step: error () of the student's output against the teacher's, scores (N,)."""
+    """One training step: error () of the student's output against the teacher's, scores (N,).
+
+    Attributes:
+        indices: (n,) global sample indices of the batch.
+        finite: (n,) whether a sample's outputs are finite.
+    """
 
     s: int
     error: Tensor
     scores: Tensor
+    indices: Sequence[int]
+    finite: Tensor
 
 
 class TrainingMethod(Protocol):
@@ -46,6 +53,13 @@ class TrainingMethod(Protocol):
         """
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned or counted besides the router; by default nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``, before the first sweep."""
+
 
 def learn_step(
     batch: Trajectories,
@@ -66,7 +80,9 @@ def learn_step(
     student = batch.predict(s, x, branches)
     masking.store(cache, s, branches)
     # Router update.
-    update(StepError(s, batch.output_error(teacher, student), logits.sigmoid()))
+    finite = batch.finite(teacher) & batch.finite(student.detach())
+    error = batch.output_error(teacher, student)
+    update(StepError(s, error, logits.sigmoid(), batch.indices, finite))
     return student.detach()
 
 
@@ -94,7 +110,7 @@ def train_trajectory(
     return batch.walk(State(batch.x_T), predict, stop=stop)
 
 
-class StepwiseDenoising:
+class StepwiseDenoising(TrainingMethod):
     """Step-wise denoising training (HarmoniCa, section 3.2): whole trajectories, from noise.
 
     ``batch`` gives this process's trajectories of a batch number.
@@ -115,9 +131,22 @@ class StepwiseDenoising:
         train_trajectory(self.batch(number), router, masking, update, stop)
 
 
-def router_optimizer(router: Router, lr: float, eps: float) -> torch.optim.AdamW:
-    """AdamW that keeps its state per row: a row without gradient is left alone, moments and all."""
-    return torch.optim.AdamW(router.parameters(), lr=lr, eps=eps, weight_decay=0.0)
+def router_optimizer(
+    router: Router,
+    lr: float,
+    eps: float,
+    coefficients: Sequence[Tensor] = (),
+    coefficient_lr: float = 0.0,
+) -> torch.optim.AdamW:
+    """AdamW that keeps its state per row: a row without gradient is left alone, moments and all.
+
+    Args:
+        coefficients: of a predictor, rows too, with a learning rate of their own.
+    """
+    groups = [{"params": list(router.parameters()), "lr": lr}]
+    if coefficients:
+        groups.append({"params": list(coefficients), "lr": coefficient_lr})
+    return torch.optim.AdamW(groups, eps=eps, weight_decay=0.0)
 
 
 class BetaControl:

@@ -1,29 +1,34 @@
 """A training run of a router: learning, logging, checkpoints, export."""
 
-import io
-import math
 from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradScalerKwargs, broadcast_object_list
+from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
+from harmonica import __version__
 from harmonica.backbone import load_backbone, load_decoder
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
+from harmonica.consensus import Consensus
 from harmonica.engine import EAGER
 from harmonica.errors import HarmonicaError
-from harmonica.files import write_atomically
+from harmonica.interruption import Interruption
 from harmonica.learner import Learner, StepwiseLearner
 from harmonica.options import plain
-from harmonica.plots import comparison, lambda_curve, router_heatmap
+from harmonica.plots import comparison, router_heatmap
+from harmonica.progress import Progress
 from harmonica.randomness import Draws
 from harmonica.router import RouterFile, save_router
 from harmonica.run_directory import RunDirectory
-from harmonica.sampling import sample
+from harmonica.sampling import load_schedule, sample
+from harmonica.trajectory_learner import TrajectoryLearner
 
 PREVIEW_IMAGES = 12
+CHECKPOINT_FORMAT = 1
 
 
 class Trainer:
@@ -37,13 +42,23 @@ class Trainer:
             self.backbone = load_backbone(config, self.accelerator.device)
             self.decode = load_decoder(config, self.accelerator.device)
         batches = Batches(self.accelerator, self.backbone, config.global_seed, config.compares_all)
-        self.learner: Learner = StepwiseLearner(config, batches)
+        self.interruption = Interruption()
+        consensus = Consensus(self.accelerator, self.interruption)
+        frozen = None
+        if config.freeze_schedule is not None:
+            frozen = load_schedule(
+                config.freeze_schedule, None, self.backbone, flag="--freeze-schedule"
+            )
+        kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
+        self.learner: Learner = kind(config, batches, consensus, frozen)
 
     def run(self) -> RunDirectory | None:
         """Train, export, draw; the run directory on the main process, None on the others.
 
         Raises:
-            HarmonicaError: a loss that is not finite; the last checkpoint stands.
+            HarmonicaError: a loss that is not finite on any process, a process that is gone, a
+                disk that is full.
+            Interrupted: a signal asked for it.
         """
         config, length = self.config, self.learner.sweep_length
         limits = [
@@ -51,25 +66,38 @@ class Trainer:
             for count in (config.max_steps, config.epochs and config.epochs * length)
             if count is not None
         ]
-        directory = self._start()
-        try:
-            self._train(directory, min(limits))
-            self._export(directory)
-        finally:
-            self.accelerator.end_training()
-        return directory
+        with Progress(config, self.interruption, self._is_main) as progress:
+            try:
+                state = progress.start(self._start_wandb)
+                if state is not None:
+                    self._load_state(state)
+                with progress.secured():
+                    self._train(progress, min(limits) if self.learner.learns else 0)
+                self.learner.finish()
+                self._export(progress.directory)
+            finally:
+                self.accelerator.end_training()
+        return progress.directory
 
-    def _train(self, directory: RunDirectory | None, total: int) -> None:
-        config, learner = self.config, self.learner
-        with tqdm(total=total, desc="router", unit="update", disable=not self._is_main) as bar:
+    def _train(self, progress: Progress, total: int) -> None:
+        config, learner, directory = self.config, self.learner, progress.directory
+        if directory is not None:
+            directory.forget_after(learner.updates)
+        with tqdm(
+            total=total,
+            initial=min(learner.updates, total),
+            desc="router",
+            unit="update",
+            disable=not self._is_main,
+        ) as bar:
+            self._hold(progress)
             while learner.updates < total:
                 before = learner.updates
                 record = learner.sweep(total - before)
-                if not all(map(math.isfinite, record.values())):
-                    raise HarmonicaError(
-                        f"the loss is not finite after update {before}; lower --lr or use "
-                        "--mixed-precision no"
-                    )
+                # A last sweep that is cut short is made again, whole, if the run goes on: so a run
+                # in two parts ends where a run in one does.
+                if learner.updates - before == learner.sweep_length:
+                    self._hold(progress)
                 bar.update(learner.updates - before)
                 schedule = learner.schedule()
                 bar.set_postfix(cur=f"{schedule.cur:.1%}", mse=f"{record['mse']:.2e}")
@@ -82,34 +110,56 @@ class Trainer:
                 ends = learner.updates == total
                 if ends or _passes(before, learner.updates, config.log_every):
                     self._log(directory, record)
-                if ends or _passes(before, learner.updates, config.ckpt_every):
-                    self._save_checkpoint(directory)
-
-    # Output.
 
     @property
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def _start(self) -> RunDirectory | None:
-        """The run directory, on the main process; and wandb inside it, if it was asked for.
+    # What training stands on.
 
-        Raises:
-            HarmonicaError: on every process, if the main one cannot make the directory.
+    def _hold(self, progress: Progress) -> None:
+        progress.hold(self.learner.updates, self._state, self.learner.sweep_length)
+
+    def _state(self) -> dict[str, Any]:
+        """Everything training stands on. There are no generators in it: all randomness follows
+        from the seed and the counters.
         """
-        directory, refusal = None, None
-        if self._is_main:
-            try:
-                directory = RunDirectory.create(self.config.results_dir, self.config)
-                self._start_wandb(directory)
-            except HarmonicaError as error:
-                refusal = str(error)
-        refusal = broadcast_object_list([refusal])[0]
-        if refusal is not None:
-            raise HarmonicaError(refusal)
-        return directory
+        scaler = self.accelerator.scaler
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "versions": {"harmonica": __version__, "torch": str(torch.__version__)},
+            "config": plain(self.config),
+            "weights_hash": self.backbone.weights_hash,
+            "learner": self.learner.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        if state.get("format") != CHECKPOINT_FORMAT:
+            raise HarmonicaError(
+                f"the checkpoint is not of format {CHECKPOINT_FORMAT}; go on with the version of "
+                f"the project that wrote it ({state.get('versions')})"
+            )
+        if state["weights_hash"] != self.backbone.weights_hash:
+            raise HarmonicaError(
+                f"--resume: the run was trained on weights {state['weights_hash']}, these are "
+                f"{self.backbone.weights_hash}; pass its weights with --ckpt"
+            )
+        try:
+            self.learner.load_state_dict(state["learner"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise HarmonicaError(
+                f"the checkpoint does not fit this version of the project ({reason}); go on with "
+                f"the one that wrote it ({state['versions']})"
+            ) from None
+
+    # Output.
 
     def _start_wandb(self, directory: RunDirectory) -> None:
+        """If it was asked for."""
         if not self.config.wandb:
             return
         from wandb.errors import Error  # nothing touches wandb without the flag
@@ -132,14 +182,6 @@ class Trainer:
         if self.config.wandb:
             self.accelerator.log(record, step=self.learner.updates)
 
-    def _save_checkpoint(self, directory: RunDirectory | None) -> None:
-        """Everything training stands on; all randomness follows from the counters and the seed."""
-        if directory is None:
-            return
-        buffer = io.BytesIO()
-        torch.save(self.learner.state_dict(), buffer)
-        write_atomically(directory.checkpoint(self.learner.updates), buffer.getvalue())
-
     def _export(self, directory: RunDirectory | None) -> None:
         """Router file, schedule and pictures."""
         if directory is None:
@@ -150,7 +192,10 @@ class Trainer:
             directory.router,
             RouterFile(
                 logits,
-                backbone.router_info(threshold=self.learner.cut(), hyperparameters=plain(config)),
+                backbone.router_info(
+                    threshold=self.learner.cut(),
+                    hyperparameters=plain(replace(config, resume=None)),
+                ),
                 schedule,
             ),
         )
@@ -161,7 +206,7 @@ class Trainer:
             schedule,
             f"{config.model}, {config.sampler}, T = {config.num_sampling_steps}",
         )
-        lambda_curve(directory.path / "lambda.png", self.learner.refreshes)
+        self.learner.draw(directory.path)
         draws, indices = Draws(config.global_seed, "sample"), range(PREVIEW_IMAGES)
         backbone = replace(backbone, how=EAGER)  # a preview is not worth compiling for
         rows = {
@@ -187,5 +232,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         # The backbone is in its precision already; fp16 gradients want a scaler besides.
         mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
         log_with="wandb" if config.wandb else None,
-        kwargs_handlers=[scaler],
+        # A peer that is gone ends the run at once, one that does not answer after this time.
+        kwargs_handlers=[scaler, InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
     )

@@ -6,6 +6,7 @@ does better on held-out seeds, so noise in the gradient cannot make it worse.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,15 @@ from tqdm import tqdm
 
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.batches import Batches
-from harmonica.budget import Budget
-from harmonica.coefficients import Coefficients, fit_coefficients
 from harmonica.config import TrainConfig
-from harmonica.held_out import HeldOut
-from harmonica.predictors import Predictor, create_predictor
+from harmonica.consensus import Consensus, Origin
+from harmonica.plots import learning_curve
 from harmonica.router import Router, budget_schedule
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.sdt import router_optimizer
 from harmonica.trajectory import Rollout
+from harmonica.values import Values
 
 START = 0.5  # logits of what the periodic schedule computes; their negative where it reuses
 AVERAGING = 0.8  # decay of the average of logits that is tried on held-out seeds
@@ -36,9 +36,16 @@ class TrajectoryLearner:
 
     sweep_length = 1
 
-    def __init__(self, config: TrainConfig, batches: Batches, frozen: Schedule | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: Batches,
+        consensus: Consensus,
+        frozen: Schedule | None = None,
+    ):
         """``frozen``: a schedule for which coefficients alone are learned."""
-        self.config, self.batches, self.is_frozen = config, batches, frozen is not None
+        self.config, self.batches, self.consensus = config, batches, consensus
+        self.is_frozen = frozen is not None
         self.accelerator, self.backbone = batches.accelerator, batches.backbone
         self.samples = batches.samples(config.global_batch_size, "--global-batch-size")
         steps, costs = config.num_sampling_steps, self.backbone.costs
@@ -48,47 +55,26 @@ class TrajectoryLearner:
             budget_schedule(torch.zeros(frozen.compute.shape), costs, config.budget)
         start = torch.from_numpy(np.where(frozen.compute, START, -START)).float()
         self.router = Router(start).to(self.accelerator.device)
-        self.held_out = HeldOut(config, batches, self.samples)
-        self.coefficients: Coefficients | None = None
-        self.base = self._base(frozen)
-        self.optimizer = self._optimizer()
+        self.values = Values(config, batches, frozen, self.samples)
+        self.optimizer = self.accelerator.prepare(
+            router_optimizer(
+                self.router,
+                config.lr,
+                config.adam_eps,
+                self.values.parameters,
+                config.coefficient_lr,
+            )
+        )
         self.average = self.router.logits()
-        self.refreshes: list[tuple[int, list[float]]] = []
         self.updates = 0
-        self.best = replace(frozen, predictor=self._predictor())
+        self.best = replace(frozen, predictor=self.values.frozen())
         self.best_logits = self.router.logits()
-        self.history = [(0, self.held_out.error(self.best))]
-
-    def _base(self, schedule: Schedule) -> Predictor:
-        config, timesteps = self.config, self.backbone.sampler.timesteps
-        if config.predictor != "learned":
-            return create_predictor(config.predictor, config.coordinate, timesteps)
-        base = self.held_out.better_base(schedule, config.coordinate, timesteps)
-        if config.fit == "gradient":
-            self.coefficients = Coefficients(base, *schedule.compute.shape, self._channels).to(
-                self.accelerator.device
-            )
-        return base
-
-    @property
-    def _channels(self) -> int:
-        return 1 if self.config.coefficients == "scalar" else self.backbone.model.config.hidden_size
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = router_optimizer(self.router, self.config.lr, self.config.adam_eps)
-        if self.coefficients is not None:
-            optimizer.add_param_group(
-                {"params": list(self.coefficients.parameters()), "lr": self.config.coefficient_lr}
-            )
-        return self.accelerator.prepare(optimizer)
+        # (update, error of the best so far on held-out seeds)
+        self.history = [(0, self.values.held_out.error(self.best))]
 
     @property
     def learns(self) -> bool:
-        """Whether there is anything to do before ``finish``."""
-        return not self.is_frozen or self.coefficients is not None
-
-    def _predictor(self) -> Predictor:
-        return self.base if self.coefficients is None else self.coefficients.frozen()
+        return not self.is_frozen or bool(self.values.parameters)
 
     def _schedule_of(self, logits: Tensor) -> Schedule:
         if self.is_frozen:
@@ -117,15 +103,17 @@ class TrajectoryLearner:
             rows = torch.cat([logits[:1], torch.stack(list(self.router.rows))])
             hard = torch.from_numpy(schedule.compute.copy()).to(rows)
             decisions = hard + (rows - rows.detach())
-        predictor = self.base if self.coefficients is None else self.coefficients.live()
-        rollout = Rollout(schedule.compute, predictor, self.config.activation_checkpointing)
+        checkpoints = self.config.activation_checkpointing
+        rollout = Rollout(schedule.compute, self.values.live(), checkpoints)
         images = rollout(batch, decisions)
         # The root: a few seeds with large errors shall not decide alone.
         errors = (images - reference).square().flatten(1).mean(1)
         loss = (errors + TINY).sqrt().mean()
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        self._average_gradients()
+        finite = images.detach().flatten(1).isfinite().all(1)
+        origin = Origin(f"update {self.updates}", batch.indices, finite)
+        self._average_gradients(loss, origin)
         self.optimizer.step()
         for s in range(1, len(logits)):
             self.router.clamp(s)
@@ -140,14 +128,10 @@ class TrajectoryLearner:
         values = dict(zip(("loss", "mse"), means.tolist(), strict=True))
         return {**values, "held_out_mse": self.history[-1][1]}
 
-    def _average_gradients(self) -> None:
-        """Over processes; and of the scores, what is common to all: the budget takes it back."""
+    def _average_gradients(self, loss: Tensor, origin: Origin) -> None:
+        """Over processes; of the scores without what is common to all: the budget takes it back."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        learning = [p for p in parameters if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in learning])
-        flat = self.accelerator.reduce(flat, "mean")
-        for p, grad in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
-            p.grad = grad.view_as(p)
+        self.consensus.average_all([p for p in parameters if p.grad is not None], loss, origin)
         if not self.is_frozen:
             rows = [row.grad for row in self.router.rows]
             common = torch.stack(rows).mean()
@@ -156,11 +140,11 @@ class TrajectoryLearner:
 
     def _try(self, schedule: Schedule, logits: Tensor) -> bool:
         """Keep a schedule, with the coefficients of now, if held-out seeds say so."""
-        schedule = replace(schedule, predictor=self._predictor())
+        schedule = replace(schedule, predictor=self.values.frozen())
         return self._keep_better(schedule, logits)
 
     def _keep_better(self, schedule: Schedule, logits: Tensor) -> bool:
-        error, best = self.held_out.error(schedule), self.history[-1][1]
+        error, best = self.values.held_out.error(schedule), self.history[-1][1]
         is_better = error < best
         if is_better:
             self.best, self.best_logits = schedule, logits
@@ -169,23 +153,15 @@ class TrajectoryLearner:
 
     # After learning.
 
+    def draw(self, folder: Path) -> None:
+        learning_curve(folder / "held_out.png", self.history)
+
     def finish(self) -> None:
         """Flips, and coefficients in closed form, as far as they were asked for."""
         if self.config.refine:
             self._refine()
-        if self.config.predictor == "learned" and self.config.fit == "least-squares":
-            batch = self.batches("calibration", 0, self.samples)
-            fitted = fit_coefficients(batch, self.best, self.base, self._channels)
-            self._keep_better(self._averaged(fitted), self.best_logits)
-
-    def _averaged(self, schedule: Schedule) -> Schedule:
-        """Coefficients averaged over processes."""
-        device = self.accelerator.device
-        learned = schedule.predictor.to(device)
-        level, slope = (
-            self.accelerator.reduce(value, "mean").cpu() for value in (learned.level, learned.slope)
-        )
-        return replace(schedule, predictor=replace(learned, level=level, slope=slope))
+        self.best = self.values.fitted(self.best)
+        self.history.append((self.updates, self.values.held_out.error(self.best)))
 
     def _refine(self) -> None:
         """Exchange one computed for one reused branch of the same cost, where it helps.
@@ -222,10 +198,9 @@ class TrajectoryLearner:
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        coefficients = None if self.coefficients is None else self.coefficients.state_dict()
         return {
             "router": self.router.state_dict(),
-            "coefficients": coefficients,
+            "values": self.values.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
             "average": self.average,
@@ -237,8 +212,7 @@ class TrajectoryLearner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
-        if self.coefficients is not None:
-            self.coefficients.load_state_dict(state["coefficients"])
+        self.values.load_state_dict(state["values"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.history = state["updates"], [tuple(p) for p in state["history"]]
         device = self.accelerator.device

@@ -18,6 +18,7 @@ from torch import Tensor
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.flops import Costs, measure_costs
 from harmonica.samplers import Sampler, create_sampler
+from models import create_model
 from models.dit import DiT, DiTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,12 @@ def golden(request) -> Golden:
 @pytest.fixture(scope="session")
 def golden_b() -> Golden:
     return load_golden("b")
+
+
+@pytest.fixture(scope="session")
+def bundled_costs() -> Costs:
+    """Of the bundled backbone."""
+    return measure_costs(create_model("DiT-Ti/4"))
 
 
 def relative(value: Tensor, reference: Tensor) -> float:

@@ -49,7 +49,7 @@ def test_a_run_directory_holds_everything(run):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["update"] == 7
     assert all(np.isfinite(list(record.values())).all() for record in metrics)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "0000007.pt"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "0000006.pt.sha256"
     router = load_router(run)
     assert router.info.model == "DiT-Ti/4" and router.info.sampler == "ddim"
     assert router.schedule.cur == 0.5

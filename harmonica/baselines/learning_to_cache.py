@@ -24,12 +24,12 @@ from harmonica.labelled_images import LabelledImages
 from harmonica.randomness import Draws
 from harmonica.router import Router, alternate_rows
 from harmonica.samplers import State
-from harmonica.sdt import StepError, learn_step
+from harmonica.sdt import StepError, TrainingMethod, learn_step
 
 LABEL_DROPOUT = 0.1
 
 
-class LearningToCache:
+class LearningToCache(TrainingMethod):
     """The published training, one update per batch of images.
 
     Args:
@@ -109,6 +109,7 @@ class LearningToCache:
             x_T=bar**0.5 * x0 + (1 - bar) ** 0.5 * noise,
             noise=lambda s: draws.step_noise(s, indices, backbone.latent_shape).to(x0.device),
             compares_all=self.compares_all,
+            indices=indices,
         )
 
 

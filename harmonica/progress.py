@@ -1,0 +1,139 @@
+"""How a run starts, goes on and ends: its directory, its checkpoints, its last words.
+
+The main process alone has a directory; the others are told.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from harmonica.checkpoint import Checkpoints, unpack
+from harmonica.config import TrainConfig
+from harmonica.errors import HarmonicaError, Interrupted
+from harmonica.interruption import Interruption
+from harmonica.run_directory import RunDirectory
+
+
+def choose_run(config: TrainConfig) -> RunDirectory:
+    """The run that --resume means, or a new one.
+
+    Raises:
+        HarmonicaError: it was trained otherwise, or there can be no new one.
+    """
+    if config.resume == "auto":
+        found = RunDirectory.newest_like(config.results_dir, config)
+        if found is not None:
+            return found
+    elif config.resume is not None:
+        return RunDirectory.open(Path(config.resume), config)
+    return RunDirectory.create(config.results_dir, config)
+
+
+class Progress:
+    """A run under way, for as long as it is entered; nobody else has its directory meanwhile.
+
+    Attributes:
+        directory: None on all but the main process.
+    """
+
+    def __init__(self, config: TrainConfig, interruption: Interruption, is_main: bool):
+        self.config, self.interruption, self.is_main = config, interruption, is_main
+        self.directory: RunDirectory | None = None
+        self._checkpoints: Checkpoints | None = None
+        self._lock = contextlib.ExitStack()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def start(self, prepare: Callable[[RunDirectory], None]) -> dict[str, Any] | None:
+        """Open the directory.
+
+        Args:
+            prepare: is called with it, on the main process.
+
+        Returns:
+            On every process the state that training goes on from; None at its beginning.
+
+        Raises:
+            HarmonicaError: on every process, if the main one cannot have the directory, or there
+                are checkpoints and all are damaged.
+        """
+        content, refusal = None, None
+        if self.is_main:
+            try:
+                content = self._open()
+                prepare(self.directory)
+            except HarmonicaError as error:
+                refusal = str(error)
+        refusal, content = broadcast_object_list([refusal, content])
+        if refusal is not None:
+            raise HarmonicaError(refusal)
+        return None if content is None else unpack(content)
+
+    def _open(self) -> bytes | None:
+        config = self.config
+        self.directory = choose_run(config)
+        self._lock.enter_context(self.directory.exclusive())
+        self.directory.record(replace(config, resume=None))
+        self._checkpoints = Checkpoints(
+            self.directory.checkpoints, config.ckpt_every, config.keep_ckpts
+        )
+        content, said = self._checkpoints.latest()
+        if config.resume is not None:
+            print(*said, sep="\n", file=sys.stderr)
+        return content
+
+    def hold(self, updates: int, state: Callable[[], dict[str, Any]], sweep_length: int) -> None:
+        """Keep what training stands on between two sweeps; write it where it is time."""
+        if self._checkpoints is not None:
+            self._checkpoints.hold(updates, state(), sweep_length)
+
+    def save(self) -> None:
+        """Write what is held, from whichever thread."""
+        if self._checkpoints is not None:
+            self._checkpoints.save()
+
+    @contextlib.contextmanager
+    def secured(self) -> Iterator[None]:
+        """However training ends, what it stands on is on disk, and it says how to go on."""
+        self.interruption.secure = self.save
+        with self.interruption:
+            try:
+                yield
+                self.save()
+            except Interrupted as stop:
+                self.save()
+                raise Interrupted(stop.signal, self._standing()) from None
+            except (HarmonicaError, RuntimeError) as error:
+                if not isinstance(error, HarmonicaError) and not _lost_a_process(error):
+                    raise
+                with contextlib.suppress(HarmonicaError):  # a full disk has been reported
+                    self.save()
+                reason = "another process of the run ended or does not answer"
+                if isinstance(error, HarmonicaError):
+                    reason = str(error)
+                said = filter(None, [reason, self._standing()])
+                raise HarmonicaError("; ".join(said)) from None
+
+    def _standing(self) -> str:
+        """Where a run that ended early stands; nothing on processes that do not know."""
+        if self.directory is None or self._checkpoints is None:
+            return ""
+        last = self._checkpoints.last
+        if last is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {last}: go on with --resume {self.directory.path}"
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

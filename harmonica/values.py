@@ -1,0 +1,92 @@
+"""What a training run puts in place of skipped branches: fixed, learned along, or fitted after."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from harmonica.batches import Batches
+from harmonica.coefficients import Coefficients, fit_coefficients
+from harmonica.config import TrainConfig
+from harmonica.held_out import HeldOut
+from harmonica.predictors import Predictor, create_predictor
+from harmonica.schedule import Schedule
+
+
+class Values:
+    """The predictor of a run, as its options say.
+
+    Learned coefficients start from last values or from linear forecasts, whichever does better on
+    held-out seeds with the schedule that the run starts from.
+    """
+
+    def __init__(self, config: TrainConfig, batches: Batches, start: Schedule, samples: int):
+        """``samples``: of one forward of this process."""
+        self.config, self.batches, self.samples = config, batches, samples
+        model, sampler = batches.backbone.model, batches.backbone.sampler
+        self.channels = 1 if config.coefficients == "scalar" else model.config.hidden_size
+        self._held_out: HeldOut | None = None
+        self._coefficients: Coefficients | None = None
+        if config.predictor != "learned":
+            self.base = create_predictor(config.predictor, config.coordinate, sampler)
+            return
+        self.base = self.held_out.better_base(start, config.coordinate, sampler)
+        if config.fit == "gradient":
+            shape = start.compute.shape
+            device = batches.accelerator.device
+            self._coefficients = Coefficients(self.base, *shape, self.channels).to(device)
+
+    @property
+    def held_out(self) -> HeldOut:
+        """Made when it is first needed: it costs some uncached images."""
+        if self._held_out is None:
+            self._held_out = HeldOut(self.config, self.batches, self.samples)
+        return self._held_out
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What learns by gradient."""
+        return [] if self._coefficients is None else list(self._coefficients.parameters())
+
+    def row(self, s: int) -> tuple[Tensor, ...]:
+        """Those of step s."""
+        return () if self._coefficients is None else self._coefficients.row(s)
+
+    def live(self) -> Predictor:
+        """Through which gradients reach ``parameters``."""
+        return self.base if self._coefficients is None else self._coefficients.live()
+
+    def frozen(self) -> Predictor:
+        """As it stands now."""
+        return self.base if self._coefficients is None else self._coefficients.frozen()
+
+    def fitted(self, schedule: Schedule) -> Schedule:
+        """At the end: with coefficients in closed form, if asked for and better on held-out seeds.
+
+        The fit takes as many images as held-out seeds, and is averaged over processes.
+        """
+        config, accelerator = self.config, self.batches.accelerator
+        if config.predictor != "learned" or config.fit != "least-squares":
+            return schedule
+        samples = self.batches.samples(config.held_out_batch_size, "--held-out-batch-size")
+        batch = self.batches("calibration", 0, samples)
+        learned = fit_coefficients(batch, schedule, self.base, self.channels).to(accelerator.device)
+        level, slope = (
+            accelerator.reduce(value, "mean").cpu() for value in (learned.level, learned.slope)
+        )
+        fitted = replace(schedule, predictor=replace(learned, level=level, slope=slope))
+        return min(fitted, schedule, key=self.held_out.error)
+
+    def state_dict(self) -> dict[str, Any]:
+        coefficients = self._coefficients
+        return {
+            "base": self.base.depth,
+            "coefficients": None if coefficients is None else coefficients.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["base"] != self.base.depth:
+            raise ValueError("learned coefficients started from another base")
+        if self._coefficients is not None:
+            self._coefficients.load_state_dict(state["coefficients"])

@@ -1,0 +1,231 @@
+"""Runs in parts end like runs in one; whatever ends a part, what it made stands."""
+
+import contextlib
+import hashlib
+import os
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from harmonica.checkpoint import Checkpoints, unpack
+from harmonica.config import TrainConfig
+from harmonica.errors import HarmonicaError, Interrupted
+from harmonica.files import sha256
+from harmonica.run_directory import RunDirectory
+from harmonica.trainer import Trainer
+
+SMALL = {
+    "num_sampling_steps": 3, "global_batch_size": 2, "cfg_scale": 1.0, "lambda_c": 4,
+    "log_every": 1,
+}  # fmt: skip
+
+
+class Training(Trainer):
+    """A run without pictures, which take longer than all the rest here."""
+
+    def _export(self, directory):
+        pass
+
+
+def train(results: Path, **options) -> RunDirectory:
+    return Training(TrainConfig(results_dir=results, **{**SMALL, **options})).run()
+
+
+def content(value, digest=None) -> str:
+    """Hash of everything in a state, bit by bit."""
+    digest = digest or hashlib.sha256()
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(str(key).encode())
+            content(value[key], digest)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            content(item, digest)
+    elif isinstance(value, torch.Tensor):
+        digest.update(value.contiguous().numpy().tobytes())
+    else:
+        digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def learned(directory: RunDirectory) -> str:
+    """Hash of all that training stands on at the newest checkpoint."""
+    found, _ = Checkpoints(directory.checkpoints, 1, 2).latest()
+    return content(unpack(found)["learner"])
+
+
+def newest(directory: RunDirectory) -> Path:
+    return sorted(directory.checkpoints.glob("*.pt"))[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> RunDirectory:
+    """Seven updates, of which six are whole trajectories, in one go."""
+    return train(tmp_path_factory.mktemp("whole"), max_steps=7)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow beyond 4 kB, which is less than a checkpoint."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(whole, tmp_path, capsys):
+    directory = train(tmp_path, max_steps=3)
+    good = newest(directory)
+    assert good.name == "0000002.pt"  # the second trajectory was cut short
+    before = sha256(good)
+    with (
+        full_disk(),
+        pytest.raises(HarmonicaError, match=r"cannot write .*; the last good checkpoint is"),
+    ):
+        train(tmp_path, max_steps=5, resume="auto")
+    assert newest(directory) == good and sha256(good) == before
+    assert not list(directory.path.rglob("*.tmp"))
+
+    train(tmp_path, max_steps=5, resume=str(directory.path))
+    assert newest(directory).name == "0000004.pt"
+    flipped = bytearray(newest(directory).read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    newest(directory).write_bytes(flipped)
+    capsys.readouterr()
+    train(tmp_path, max_steps=7, resume="auto")
+    said = capsys.readouterr().err
+    assert "0000004.pt is damaged" in said and f"going on from {good}" in said
+    assert (directory.checkpoints / "0000004.pt.damaged").read_bytes() == flipped
+    assert learned(directory) == learned(whole)
+    lines = [(run.path / "metrics.jsonl").read_text() for run in (directory, whole)]
+    assert lines[0] == lines[1]
+
+    for path in directory.checkpoints.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
+        train(tmp_path, max_steps=7, resume="auto")
+
+
+def test_learning_to_cache_in_parts_ends_like_one(tmp_path, labelled_images):
+    options = {"method": "learning-to-cache", "data": str(labelled_images), "target_cur": 0.2}
+    one = train(tmp_path / "one", max_steps=4, **options)
+    two = train(tmp_path / "two", max_steps=3, **options)
+    train(tmp_path / "two", max_steps=4, resume="auto", **options)
+    assert learned(one) == learned(two)
+
+
+@pytest.mark.slow
+def test_signals_make_it_safe_and_lose_nothing(whole, tmp_path):
+    """All three end the run between two updates; it says where it stands and goes on."""
+    for number, signum in enumerate((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
+        trainer = Training(TrainConfig(results_dir=tmp_path, **SMALL, max_steps=7, resume="auto"))
+        learner, update = trainer.learner, trainer.learner.update
+
+        def at_update(step, learner=learner, update=update, number=number, signum=signum):
+            if learner.updates == 2 * number + 1:  # the second update of a trajectory
+                os.kill(os.getpid(), signum)
+            return update(step)
+
+        learner.update = at_update
+        with pytest.raises(Interrupted, match="checkpoint") as stopped:
+            trainer.run()
+        assert stopped.value.signal == signum
+        directory = next(tmp_path.iterdir())
+        assert number == 0 or f"{2 * number:07d}.pt" in str(stopped.value)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert learned(train(tmp_path, max_steps=7, resume="auto")) == learned(whole)
+    assert len(list(tmp_path.iterdir())) == 1 and directory.is_dir()
+
+
+def test_a_run_that_is_busy_is_made_safe_all_the_same(tmp_path):
+    """The checkpoint is written while the main thread is in something long."""
+    options = {**SMALL, "lambda_c": 2, "max_steps": 7}
+    trainer = Training(TrainConfig(results_dir=tmp_path, **options))
+    learner, refresh = trainer.learner, trainer.learner.refresh_weights
+    written = threading.Event()
+
+    def long_refresh():
+        if learner.updates == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(500):
+                if list(tmp_path.glob("*/checkpoints/0000002.pt")):
+                    written.set()
+                    break
+                threading.Event().wait(0.01)
+        refresh()
+
+    learner.refresh_weights = long_refresh
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert written.is_set()
+
+
+def test_a_run_goes_on_only_as_what_it_is(tmp_path):
+    directory = train(tmp_path, max_steps=2)
+    resume = str(directory.path)
+    with (
+        directory.exclusive(),
+        pytest.raises(HarmonicaError, match=rf"in use by process {os.getpid()} on \S+, since"),
+    ):
+        train(tmp_path, max_steps=4, resume="auto")
+    for option, value in {
+        "num_sampling_steps": 4, "sampler": "iddpm", "cfg_scale": 2.0, "model": "DiT-Ti/2",
+        "global_batch_size": 8, "global_seed": 1,
+    }.items():  # fmt: skip
+        flag = "--" + option.replace("_", "-")
+        with pytest.raises(HarmonicaError, match=f"was trained with .*{flag}"):
+            RunDirectory.open(
+                directory.path, TrainConfig(results_dir=tmp_path, **{**SMALL, option: value})
+            )
+    # Asked for by name, it may take another learning rate; by itself it does not.
+    trainer = Training(
+        TrainConfig(results_dir=tmp_path, **SMALL, max_steps=4, lr=0.01, resume=resume)
+    )
+    trainer.run()
+    assert trainer.learner.updates == 4
+    assert all(group["lr"] == 0.01 for group in trainer.learner.optimizer.param_groups)
+    other = train(tmp_path, max_steps=2, lr=0.02, resume="auto")
+    assert other.path != directory.path
+    trainer.backbone = type(trainer.backbone)(**{**vars(trainer.backbone), "weights_hash": "x"})
+    with pytest.raises(HarmonicaError, match="was trained on weights"):
+        trainer.run()
+
+
+def test_the_newest_checkpoints_are_kept_and_lie_close_enough(tmp_path):
+    directory = train(tmp_path, max_steps=6, ckpt_every=3, keep_ckpts=2)
+    assert [path.name for path in sorted(directory.checkpoints.glob("*.pt"))] == [
+        "0000004.pt", "0000006.pt",
+    ]  # fmt: skip
+    assert len(list(directory.checkpoints.iterdir())) == 4
+    # Trajectories of two updates: a third checkpoint would come after four.
+    checkpoints = Checkpoints(tmp_path / "other", every=5, keep=9)
+    for updates in range(0, 20, 2):
+        checkpoints.hold(updates, {}, sweep_length=2)
+    saved = [int(path.stem) for path in sorted((tmp_path / "other").glob("*.pt"))]
+    assert saved == [4, 8, 12, 16]
+
+
+def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tmp_path):
+    trainer = Training(TrainConfig(results_dir=tmp_path, **SMALL, max_steps=7))
+    learner, batches = trainer.learner, trainer.learner.batches
+    batch = learner.method.batch
+
+    def broken(number):
+        found = batch(number)
+        if number == 2:
+            found.x_T[1] = torch.nan
+        return found
+
+    learner.method.batch = broken
+    with pytest.raises(HarmonicaError) as refusal:
+        trainer.run()
+    index = batches.indices(2, learner.samples)[1]
+    assert f"not finite at step 1 of trajectory 2, update 4 (samples {index})" in str(refusal.value)
+    assert "0000004.pt" in str(refusal.value)
+    assert learner.updates == 4 and learner.router.logits().isfinite().all()

@@ -1,0 +1,229 @@
+"""The trajectory objective: what is trained is what is replayed, and its gradients are right."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import Golden, relative, run_command
+
+from harmonica.baselines.fixed import evenly_spaced, random_schedule
+from harmonica.budget import Budget
+from harmonica.cache import Cache, Replay
+from harmonica.coefficients import Coefficients, fit_coefficients
+from harmonica.config import TrainConfig
+from harmonica.engine import Engine
+from harmonica.errors import HarmonicaError
+from harmonica.predictors import LAST, Extrapolation, Learned, combine
+from harmonica.router import load_router
+from harmonica.samplers import State
+from harmonica.schedule import Schedule
+from harmonica.trainer import Trainer
+from harmonica.trajectory import Rollout
+
+
+def schedule(golden: Golden, predictor=LAST, cur: float = 0.5) -> Schedule:
+    random = random_schedule(golden.num_steps, golden.costs, Budget(cur=cur), seed=1)
+    return replace(random, predictor=predictor)
+
+
+def linear(golden: Golden) -> Extrapolation:
+    return Extrapolation(1, tuple(map(float, range(golden.num_steps))))
+
+
+def decisions(schedule: Schedule) -> torch.Tensor:
+    return torch.from_numpy(schedule.compute.copy()).float().requires_grad_()
+
+
+class Weighed:
+    """The decision written out: a weight between computing and reusing, in the cache as well."""
+
+    def __init__(self, history, predictor, s, i, weight, computes):
+        self.history, self.predictor, self.s, self.i = history, predictor, s, i
+        self.weight, self.computes, self.following = weight, computes, history
+
+    def __call__(self, fn, x):
+        fresh = fn(x)
+        if not self.history:
+            self.following = [(self.s, fresh)]
+            return fresh
+        steps, values = zip(*self.history, strict=True)
+        reused = combine(self.predictor.weights(self.s, self.i, steps), values)
+        w, depth = self.weight, self.predictor.depth
+        shifted, kept = [fresh, *values][:depth], [*values, values[-1]]
+        mixed = [w * a + (1 - w) * b for a, b in zip(shifted, kept, strict=False)]
+        steps = [self.s, *steps] if self.computes else steps
+        self.following = list(zip(steps, mixed, strict=False))
+        return w * fresh + (1 - w) * reused
+
+
+def weighed(batch, plan: Schedule, weights: torch.Tensor) -> torch.Tensor:
+    state, histories = State(batch.x_T), [[] for _ in plan.costs.names]
+    for s in range(batch.num_steps):
+        branches = [
+            Weighed(history, plan.predictor, s, i, weights[s, i], plan.compute[s, i])
+            for i, history in enumerate(histories)
+        ]
+        state = batch.walk(state, lambda s, x, b=branches: batch.predict(s, x, b), s, s + 1)
+        histories = [branch.following for branch in branches]
+    return state.x
+
+
+@pytest.mark.parametrize("forecasts", [False, True])
+def test_a_rollout_is_the_replay_and_its_gradients_are_those_of_weights(golden: Golden, forecasts):
+    plan = schedule(golden, linear(golden) if forecasts else LAST)
+    batch, weights = golden.trajectories(), decisions(plan)
+    with torch.no_grad():
+        reference = batch.walk(State(batch.x_T), batch.predict).x
+        replayed = Engine(plan)(batch)
+    images = Rollout(plan.compute, plan.predictor, checkpoints=False)(batch, weights)
+    assert relative(images.detach(), replayed) < 2e-6
+    (images - reference).square().mean().backward()
+    naive = decisions(plan)
+    (weighed(batch, plan, naive) - reference).square().mean().backward()
+    assert relative(weights.grad[1:], naive.grad[1:]) < 1e-4
+    assert (weights.grad[1:] != 0).all()
+
+
+def test_checkpoints_change_memory_and_nothing_else(golden: Golden):
+    plan, batch, gradients = schedule(golden, linear(golden)), golden.trajectories(), []
+    for checkpoints in (False, True):
+        weights = decisions(plan)
+        images = Rollout(plan.compute, plan.predictor, checkpoints)(batch, weights)
+        images.square().mean().backward()
+        gradients.append(weights.grad)
+    assert torch.equal(*gradients)
+
+
+def test_coefficients_have_the_gradient_of_finite_differences(golden: Golden):
+    plan, batch = schedule(golden), golden.trajectories()
+    coefficients = Coefficients(linear(golden), *plan.compute.shape, 1)
+
+    def loss() -> torch.Tensor:
+        images = Rollout(plan.compute, coefficients.live(), False)(batch, None)
+        return images.double().square().mean()
+
+    loss().backward()
+    for rows in (coefficients.level, coefficients.slope):
+        gradients = torch.stack([torch.zeros_like(r) if r.grad is None else r.grad for r in rows])
+        s, i = divmod(int(gradients.abs().argmax()), plan.compute.shape[1])
+        assert not plan.compute[s, i]
+        row, step = rows[s], 0.01
+        with torch.no_grad():
+            row[i] += step
+            above = loss().item()
+            row[i] -= 2 * step
+            below = loss().item()
+            row[i] += step
+        assert gradients[s, i].item() == pytest.approx((above - below) / (2 * step), rel=0.1)
+
+
+def residuals(golden: Golden, plan: Schedule) -> float:
+    """Squared local errors along the cached trajectory, summed."""
+    batch, cache = golden.trajectories(), Cache(len(plan.costs.names), plan.predictor)
+    errors = []
+
+    def skipped(i, s):
+        def branch(fn, x):
+            errors.append((fn(x) - cache.predict(i, s)).square().sum().item())
+            return cache.predict(i, s)
+
+        return branch
+
+    def predict(s, x):
+        row = enumerate(plan.compute[s])
+        return batch.predict(
+            s, x, [Replay(cache, i, s, True) if c else skipped(i, s) for i, c in row]
+        )
+
+    with torch.no_grad():
+        batch.walk(State(batch.x_T), predict)
+    return sum(errors)
+
+
+@pytest.mark.parametrize("base", ["last", "linear"])
+def test_the_closed_form_is_nearer_along_the_trajectory(golden: Golden, base):
+    start = LAST if base == "last" else linear(golden)
+    plan, errors = schedule(golden), []
+    for channels in (1, golden.model.config.hidden_size):
+        learned = fit_coefficients(golden.trajectories(), plan, start, channels)
+        assert learned.level.shape == (*plan.compute.shape, channels)
+        computed = torch.from_numpy(plan.compute.copy())
+        assert not learned.level[computed].any() and not learned.slope[computed].any()
+        errors.append(residuals(golden, replace(plan, predictor=learned)))
+    before = residuals(golden, replace(plan, predictor=start))
+    assert errors[1] < errors[0] < before
+
+
+CONFIG = {
+    "objective": "trajectory", "num_sampling_steps": 4, "global_batch_size": 2, "max_steps": 3,
+    "held_out_every": 1, "held_out_batch_size": 4, "target_cur": 0.4,
+}  # fmt: skip
+
+
+def trainer(folder, **options) -> Trainer:
+    return Trainer(TrainConfig(**CONFIG | {"results_dir": folder} | options))
+
+
+def fora_file(folder, costs):
+    path = folder / "fora.json"
+    evenly_spaced(4, costs, Budget(cur=0.5)).save(path)
+    return path
+
+
+def test_training_on_images_meets_its_budget_and_never_gets_worse(tmp_path):
+    running = trainer(tmp_path, predictor="learned", coefficients="scalar", refine=2)
+    learner = running.learner
+    before = learner.router.logits()
+    folder = running.run().path
+    exported, errors = load_router(folder).schedule, [error for _, error in learner.history]
+    assert abs(exported.cur - 0.4) <= 0.5 / exported.compute.size
+    assert len(errors) > 3 and errors == sorted(errors, reverse=True)
+    assert not torch.equal(before, learner.router.logits())
+    assert learner.values.held_out.error(exported) == pytest.approx(errors[-1])
+    assert isinstance(exported.predictor, Learned)
+    assert {"held_out.png", "router.png", "samples.png"} <= {p.name for p in folder.iterdir()}
+    # What is replayed from the file is what was learned.
+    assert exported == learner.schedule()
+    with pytest.raises(HarmonicaError, match="router file"):
+        Schedule.load(folder / "schedule.json")
+
+
+@pytest.mark.parametrize("objective", ["trajectory", "sdt"])
+def test_a_frozen_schedule_keeps_its_decisions(tmp_path, objective, bundled_costs):
+    path = fora_file(tmp_path, bundled_costs)
+    running = trainer(
+        tmp_path / "runs", objective=objective, freeze_schedule=path, predictor="learned"
+    )
+    scores = running.learner.router.logits()
+    exported = load_router(running.run().path).schedule
+    assert np.array_equal(exported.compute, Schedule.load(path).compute)
+    assert torch.equal(scores, running.learner.router.logits())
+    coefficients = running.learner.values.frozen()
+    reused = torch.from_numpy(~exported.compute)
+    assert coefficients.level[reused].all() and not coefficients.level[~reused].any()
+
+
+def test_the_closed_form_needs_no_updates(tmp_path, bundled_costs):
+    path = fora_file(tmp_path, bundled_costs)
+    running = trainer(
+        tmp_path / "runs", freeze_schedule=path, predictor="learned", fit="least-squares"
+    )
+    running.run()
+    assert running.learner.updates == 0
+    (_, before), *_, (_, after) = running.learner.history
+    assert after <= before
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path):
+    for arguments, said in (
+        (["--freeze-schedule", "x.json"], "--freeze-schedule"),
+        (["--objective", "trajectory", "--l1", "1e-7"], "--objective trajectory"),
+        (["--refine", "5"], "--refine"),
+        (["--freeze-schedule", "x.json", "--predictor", "learned"], "--freeze-schedule x.json"),
+        (["--objective", "trajectory", "--target-cur", "0.99"], "out of reach"),
+    ):
+        done = run_command("train_router.py", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not list(tmp_path.iterdir())
