@@ -14,7 +14,6 @@ from harmonica.downloads import verify
 from harmonica.engine import EAGER, Acceleration
 from harmonica.errors import HarmonicaError
 from harmonica.flops import Costs, measure_costs
-from harmonica.predictors import Extrapolation, LastValue, create_predictor
 from harmonica.router import RouterInfo
 from harmonica.samplers import Sampler, create_sampler
 from harmonica.weights import load_weights, weights_file
@@ -65,11 +64,6 @@ class Backbone:
         """The same model with another sampler or number of steps."""
         noise = MODELS[self.name].noise_schedule
         return replace(self, sampler=create_sampler(sampler, num_steps, eta, noise))
-
-    def predictor(self, name: str, coordinate: str) -> LastValue | Extrapolation:
-        """What ``--predictor`` and ``--coordinate`` mean for the sampler at hand."""
-        noise = MODELS[self.name].noise_schedule
-        return create_predictor(name, coordinate, self.sampler.timesteps, noise)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

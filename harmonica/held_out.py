@@ -8,8 +8,8 @@ from harmonica.batches import Batches
 from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
-from harmonica.predictors import LAST, Extrapolation, LastValue
-from harmonica.samplers import State
+from harmonica.predictors import LAST, Extrapolation, LastValue, create_predictor
+from harmonica.samplers import Sampler, State
 from harmonica.schedule import Schedule
 
 
@@ -38,7 +38,9 @@ class HeldOut:
         ]
         return self.accelerator.reduce(torch.cat(errors).mean(), "mean").item()
 
-    def better_base(self, schedule: Schedule, line: Extrapolation) -> LastValue | Extrapolation:
+    def better_base(
+        self, schedule: Schedule, coordinate: str, sampler: Sampler
+    ) -> LastValue | Extrapolation:
         """What learned coefficients start from: the better of last values and linear forecasts."""
-        bases = (LAST, line)
+        bases = (LAST, create_predictor("taylor1", coordinate, sampler))
         return min(bases, key=lambda base: self.error(replace(schedule, predictor=base)))

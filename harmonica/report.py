@@ -68,7 +68,7 @@ def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | 
         name, plan = config.method, METHODS[config.method](backbone, config.budget, config.seed)
     elif config.path is not None:
         schedule = load_schedule(
-            config.path, config.threshold, backbone, config.semantics, config.force
+            config.path, config.threshold, backbone, config.semantics, force=config.force
         )
         name, plan = "router", Plan(backbone, schedule)
     else:

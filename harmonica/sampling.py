@@ -13,6 +13,7 @@ from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import existing_file
+from harmonica.predictors import create_predictor
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.schedule import Schedule
@@ -69,7 +70,8 @@ def with_predictor(
         raise HarmonicaError(
             f"--predictor {name} forecasts branches, which this method does not reuse; drop it"
         )
-    return replace(schedule, predictor=backbone.predictor(name, coordinate))
+    predictor = create_predictor(name, coordinate, backbone.sampler)
+    return replace(schedule, predictor=predictor)
 
 
 def trajectories(

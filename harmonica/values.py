@@ -10,7 +10,7 @@ from harmonica.batches import Batches
 from harmonica.coefficients import Coefficients, fit_coefficients
 from harmonica.config import TrainConfig
 from harmonica.held_out import HeldOut
-from harmonica.predictors import Predictor
+from harmonica.predictors import Predictor, create_predictor
 from harmonica.schedule import Schedule
 
 
@@ -24,16 +24,14 @@ class Values:
     def __init__(self, config: TrainConfig, batches: Batches, start: Schedule, samples: int):
         """``samples``: of one forward of this process."""
         self.config, self.batches, self.samples = config, batches, samples
-        backbone = batches.backbone
-        width = backbone.model.config.hidden_size
-        self.channels = 1 if config.coefficients == "scalar" else width
+        model, sampler = batches.backbone.model, batches.backbone.sampler
+        self.channels = 1 if config.coefficients == "scalar" else model.config.hidden_size
         self._held_out: HeldOut | None = None
         self._coefficients: Coefficients | None = None
         if config.predictor != "learned":
-            self.base = backbone.predictor(config.predictor, config.coordinate)
+            self.base = create_predictor(config.predictor, config.coordinate, sampler)
             return
-        line = backbone.predictor("taylor1", config.coordinate)
-        self.base = self.held_out.better_base(start, line)
+        self.base = self.held_out.better_base(start, config.coordinate, sampler)
         if config.fit == "gradient":
             shape = start.compute.shape
             device = batches.accelerator.device

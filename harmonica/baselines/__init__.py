@@ -13,6 +13,7 @@ from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule, tayl
 from harmonica.baselines.long_skips import nearest_deepcache, nearest_faster_diffusion
 from harmonica.baselines.smoothcache import nearest_smoothcache, output_changes
 from harmonica.budget import Budget
+from harmonica.predictors import create_predictor
 from harmonica.schedule import Schedule
 
 
@@ -78,7 +79,7 @@ def nearest_fora(backbone: Backbone, budget: Budget, seed: int) -> Plan:
 def fora_with_forecasts(backbone: Backbone, budget: Budget, seed: int) -> Plan:
     """FORA, with the line through the last two computed values in place of the last."""
     plan = nearest_fora(backbone, budget, seed)
-    line = backbone.predictor("taylor1", "step")
+    line = create_predictor("taylor1", "step", backbone.sampler)
     return replace(plan, schedule=replace(plan.schedule, predictor=line))
 
 
