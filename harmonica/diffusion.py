@@ -1,10 +1,9 @@
-"""Noise schedules and respacing: the constants of a discrete diffusion, in float64.
+"""Noise schedules and respacing: the constants of a diffusion, in float64.
 
 Follows improved diffusion (Nichol & Dhariwal, 2021). In float32 the posterior variances alone
 would move ancestral samples by up to 7e-4.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,12 +18,54 @@ def linear_betas(steps: int = TRAIN_STEPS) -> np.ndarray:
     return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
 
 
-def log_snr(timesteps: Sequence[float], betas: np.ndarray | None = None) -> np.ndarray:
-    """Logarithm of signal over noise variance at (possibly fractional) timesteps, (T,) float64."""
-    betas = linear_betas() if betas is None else betas
-    alphas_bar = np.cumprod(1.0 - betas)
-    known = np.log(alphas_bar) - np.log1p(-alphas_bar)
-    return np.interp(np.asarray(timesteps, dtype=np.float64), np.arange(len(betas)), known)
+def scaled_linear_betas(steps: int = TRAIN_STEPS) -> np.ndarray:
+    """The schedule of Stable Diffusion, linear in sqrt(beta), 0.00085 to 0.0120, float64."""
+    return np.linspace(0.00085**0.5, 0.0120**0.5, steps, dtype=np.float64) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The noise that a family of models was trained on, at discrete steps and between them.
+
+    Step i = 0..N-1 stands at t = (i + 1) / N in continuous time, where log alpha is piecewise
+    linear (DPM-Solver, appendix D).
+
+    Attributes:
+        betas: (N,) noise added at every step of training.
+        first_timestep: what the model is given as time at step 0.
+    """
+
+    betas: np.ndarray
+    first_timestep: int = 0
+
+    @cached_property
+    def alphas_bar(self) -> np.ndarray:
+        """(N,) share of the signal's variance left at every step."""
+        return np.cumprod(1.0 - self.betas)
+
+    @cached_property
+    def _times(self) -> np.ndarray:
+        return np.arange(1, len(self.betas) + 1) / len(self.betas)
+
+    def log_alpha(self, t: np.ndarray) -> np.ndarray:
+        """Logarithm of the signal's scale at continuous times 1/N to 1."""
+        return np.interp(t, self._times, 0.5 * np.log(self.alphas_bar))
+
+    def time_at(self, log_snr: np.ndarray) -> np.ndarray:
+        """Continuous time at which log(alpha / sigma) has these values."""
+        log_alpha = -0.5 * np.logaddexp(0.0, -2.0 * log_snr)
+        return np.interp(log_alpha, 0.5 * np.log(self.alphas_bar)[::-1], self._times[::-1])
+
+    def model_time(self, t: np.ndarray) -> np.ndarray:
+        """What the model is given at continuous times."""
+        return t * len(self.betas) - 1 + self.first_timestep
+
+
+# DiT and PixArt; U-ViT, which counts its timesteps from 1.
+NOISE_SCHEDULES = {
+    "linear": NoiseSchedule(linear_betas()),
+    "u-vit": NoiseSchedule(scaled_linear_betas(), first_timestep=1),
+}
 
 
 def respaced_timesteps(count: int, total: int = TRAIN_STEPS) -> tuple[int, ...]:
@@ -59,12 +100,17 @@ class Diffusion:
     betas: np.ndarray
 
     @classmethod
-    def respaced(cls, count: int, betas: np.ndarray | None = None) -> "Diffusion":
-        """Keep ``count`` steps of a schedule; betas are set so that alpha-bar is unchanged."""
-        betas = linear_betas() if betas is None else betas
-        timesteps = respaced_timesteps(count, len(betas))
-        alphas_bar = np.cumprod(1.0 - betas)[list(timesteps)]
+    def respaced(cls, count: int, noise_schedule: str = "linear") -> "Diffusion":
+        """Keep ``count`` steps of a schedule; betas are set so that alpha-bar is unchanged.
+
+        Args:
+            noise_schedule: a key of ``NOISE_SCHEDULES``.
+        """
+        schedule = NOISE_SCHEDULES[noise_schedule]
+        kept = respaced_timesteps(count, len(schedule.betas))
+        alphas_bar = schedule.alphas_bar[list(kept)]
         previous = np.append(1.0, alphas_bar[:-1])
+        timesteps = tuple(i + schedule.first_timestep for i in kept)
         return cls(timesteps, 1.0 - alphas_bar / previous)
 
     @cached_property

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harmonica.backbone import load_backbone, load_decoder
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import load_backbone
 from harmonica.baselines import Plan
 from harmonica.config import NOT_OF_THE_IMAGES, SampleConfig
 from harmonica.engine import Engine
@@ -108,13 +109,17 @@ def _prepare(config: SampleConfig, rank: Rank) -> tuple[Maker, Origin]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backbone = load_backbone(config, device)
-    num_classes = backbone.model.config.num_classes
-    check_classes(config, num_classes)
+    conditions = backbone.conditions
+    check_classes(config, conditions.count)
     chosen = choose_plan(config, backbone)
     plan = Plan(backbone) if chosen is None else chosen[1]
     options = {k: v for k, v in plain(config).items() if k not in NOT_OF_THE_IMAGES}
     origin = Origin(
-        {**options, "setting": plan.setting},
+        {
+            **options,
+            "method": None if config.method is None else f"{config.method} {plan.setting}".strip(),
+            "prompts": conditions.content_hash(),
+        },
         backbone.weights_hash,
         None if plan.schedule is None else plan.schedule.hash,
     )
@@ -123,7 +128,7 @@ def _prepare(config: SampleConfig, rank: Rank) -> tuple[Maker, Origin]:
         load_decoder(config, device),
         Engine(plan.schedule, plan.backbone.how),
         Draws(config.seed, "sample"),
-        config.classes or tuple(range(num_classes)),
+        config.classes or tuple(range(conditions.count)),
         min(config.batch_size, config.shard_size) if device.type == "cuda" else 1,
     )
     return maker, origin

@@ -169,8 +169,11 @@ class RouterFile:
     info: RouterInfo
     schedule: Schedule | None = None
 
-    def check(self, model: nn.Module, expected: RouterInfo) -> None:
-        """Refuse a router that was made for something else.
+    def check(self, model: nn.Module, expected: RouterInfo, force: bool = False) -> None:
+        """Refuse a router that was made for something else; warn of guidance and weights.
+
+        Args:
+            force: let another sampler with as many steps pass, with a warning.
 
         Raises:
             HarmonicaError: one sentence saying what does not fit.
@@ -179,8 +182,6 @@ class RouterFile:
             "model": "--model",
             "image_size": "--image-size",
             "num_classes": "--num-classes",
-            "sampler": "--sampler",
-            "eta": "--eta",
             "num_sampling_steps": "--num-sampling-steps",
         }
         for name, flag in flags.items():
@@ -200,9 +201,12 @@ class RouterFile:
                 f"the router has {len(self.logits)} steps, not {expected.num_sampling_steps}; "
                 f"pass --num-sampling-steps {len(self.logits)} or another router"
             )
-        if self.info.timesteps is not None and self.info.timesteps != expected.timesteps:
-            raise HarmonicaError(
-                "the router was trained at other timesteps than this sampler visits; train it again"
+        self._check_sampler(expected, force)
+        if self.info.cfg_scale not in (None, expected.cfg_scale):
+            warnings.warn(
+                f"the router was trained with --cfg-scale {self.info.cfg_scale}, not "
+                f"{expected.cfg_scale}: its schedule may not suit that guidance",
+                stacklevel=2,
             )
         if self.info.weights_hash not in (None, expected.weights_hash):
             warnings.warn(
@@ -210,6 +214,28 @@ class RouterFile:
                 f"{expected.weights_hash}: its schedule may not suit them",
                 stacklevel=2,
             )
+
+    def _check_sampler(self, expected: RouterInfo, force: bool) -> None:
+        """Refuse another sampler, or the same one at other times, unless forced to take it."""
+        misfit, remedy = None, "train it again"
+        for name, flag in (("sampler", "--sampler"), ("eta", "--eta")):
+            mine, theirs = getattr(self.info, name), getattr(expected, name)
+            if misfit is None and mine not in (None, theirs):
+                misfit = f"with {flag} {mine}, not {theirs}"
+                remedy = f"pass {flag} {mine} or another router"
+        if misfit is None and self.info.timesteps not in (None, expected.timesteps):
+            misfit = "at other timesteps than this sampler visits"
+        if misfit is None:
+            return
+        if not force:
+            raise HarmonicaError(
+                f"the router was trained {misfit}; {remedy} (sample.py and evaluate.py replay it "
+                "all the same with --force)"
+            )
+        warnings.warn(
+            f"the router was trained {misfit}: its schedule may not suit this sampler",
+            stacklevel=3,
+        )
 
     def to_schedule(
         self, costs: Costs, threshold: float | None = None, semantics: str = "harmonica"

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from harmonica.backbone import load_backbone, load_weights
+from harmonica.backbone import load_backbone
 from harmonica.config import BackboneConfig
-from harmonica.diffusion import TRAIN_STEPS, Diffusion, linear_betas
+from harmonica.diffusion import TRAIN_STEPS, Diffusion
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import existing_file, read_torch, write_atomically, write_torch
 from harmonica.labelled_images import load_labelled_images
@@ -36,6 +36,7 @@ from harmonica.options import CommandParser, flag_of
 from harmonica.plots import image_grid
 from harmonica.randomness import Draws
 from harmonica.sampling import sample
+from harmonica.weights import load_weights
 from models import MODELS
 from models.dit import DiT
 
@@ -187,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
         step, seconds = state["step"], state.get("seconds", 0.0)
 
     forward = torch.compile(model)
-    loss_fn = HybridLoss(Diffusion.respaced(TRAIN_STEPS, linear_betas()), device)
+    loss_fn = HybridLoss(Diffusion.respaced(TRAIN_STEPS), device)
     losses, started = [], time.time() - seconds
     bar = tqdm(total=total, initial=step, unit="step", desc="backbone", mininterval=5)
     metrics = (args.out / "metrics.jsonl").open("a")

@@ -148,6 +148,24 @@ def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Co
     )
 
 
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory) -> Path:
+    """A random T5 of width 16 over single letters, laid out as a pipeline on the Hub is."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    folder = tmp_path_factory.mktemp("t5")
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -1.0)]
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer(vocab=[*special, *letters], extra_ids=0)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
+    model.save_pretrained(folder / "text_encoder")
+    return folder
+
+
 @pytest.fixture
 def labelled_images(tmp_path) -> Path:
     """Ten smooth pictures in two class folders."""

@@ -22,7 +22,7 @@ from harmonica.evaluation import evaluate_and_report
 from harmonica.files import Npz
 from harmonica.metrics import distribution
 from harmonica.metrics.classifier import CifarClassifier, CifarFeatures
-from harmonica.metrics.clip import ClipScore, read_prompts
+from harmonica.metrics.clip import ClipScore
 from harmonica.metrics.collect import collect
 from harmonica.metrics.distribution import (
     Moments,
@@ -37,6 +37,7 @@ from harmonica.metrics.inception import Inception
 from harmonica.metrics.paired import load_lpips, paired_rows
 from harmonica.metrics.reference import open_reference, save_reference
 from harmonica.metrics.weights import METRIC_WEIGHTS
+from harmonica.prompts import read_prompts
 from models import WeightSource
 
 CPU = torch.device("cpu")

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -188,6 +189,33 @@ def test_a_router_for_something_else_is_refused(golden_b: Golden):
     # A published file may not say its T; its rows do.
     with pytest.raises(HarmonicaError, match="--num-sampling-steps 9"):
         RouterFile(torch.zeros(9, branches), RouterInfo()).check(golden_b.model, info)
+
+
+def test_another_sampler_is_refused_unless_forced(golden_b: Golden):
+    info = RouterInfo(num_sampling_steps=10, sampler="ddim", eta=0.0, timesteps=(9.0, 1.0))
+    file = RouterFile(torch.zeros(10, len(golden_b.costs.names)), info)
+    for changed, misfit in (
+        (replace(info, sampler="sa-solver", eta=None, timesteps=(8.0, 1.0)), "--sampler ddim, not"),
+        (replace(info, eta=1.0), "--eta 0.0, not 1.0"),
+        (replace(info, timesteps=(8.0, 1.0)), "at other timesteps"),
+    ):
+        with pytest.raises(HarmonicaError, match=f"{misfit}.*--force"):
+            file.check(golden_b.model, changed)
+        with pytest.warns(UserWarning, match=misfit):
+            file.check(golden_b.model, changed, force=True)
+    # A schedule of other steps fits nothing.
+    with pytest.raises(HarmonicaError, match="--num-sampling-steps 10, not 11"):
+        file.check(golden_b.model, replace(info, num_sampling_steps=11), force=True)
+
+
+def test_other_guidance_is_pointed_out(golden_b: Golden):
+    info = RouterInfo(num_sampling_steps=10, cfg_scale=1.5)
+    file = RouterFile(torch.zeros(10, len(golden_b.costs.names)), info)
+    with pytest.warns(UserWarning, match=r"--cfg-scale 1\.5, not 4\.0"):
+        file.check(golden_b.model, replace(info, cfg_scale=4.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        file.check(golden_b.model, info)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.25, 0.375, 0.5, 0.8])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,22 +10,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, free_port, relative, run_command
+from conftest import ROOT, free_port, load_golden, relative, run_command
 
-from harmonica.batches import samples_per_process
+from harmonica.backbone import Backbone
+from harmonica.batches import Batches, samples_per_process
 from harmonica.cache import Blend, Cache, replay_branches
+from harmonica.conditions import Classes
 from harmonica.config import TrainConfig
+from harmonica.consensus import Consensus
+from harmonica.denoise import Guidance
 from harmonica.errors import HarmonicaError
+from harmonica.interruption import Interruption
 from harmonica.labelled_images import LabelledImages
+from harmonica.learner import StepwiseLearner
 from harmonica.randomness import Draws
-from harmonica.router import Router, load_router
-from harmonica.samplers import State
-from harmonica.sampling import sample
+from harmonica.router import Router, RouterFile, load_router, save_router
+from harmonica.samplers import SAMPLERS, State, create_sampler
+from harmonica.sampling import load_schedule, sample
 from harmonica.schedule import Schedule
 from harmonica.sdt import BetaControl, router_optimizer
 from harmonica.trainer import Trainer
+from harmonica.trajectory_learner import TrajectoryLearner
 
+CPU = torch.device("cpu")
 ARGUMENTS = [
     "--num-sampling-steps", "4", "--global-batch-size", "8", "--max-steps", "9", "--lambda-c", "4",
     "--log-every", "3", "--target-cur", "0.4",
@@ -225,7 +235,7 @@ def test_batches_do_not_depend_on_how_often_weights_are_refreshed(tmp_path):
     assert torch.equal(a.x_T, b.x_T) and torch.equal(a.y, b.y)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "iddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "iddpm", "sa-solver"])
 def test_a_seed_gives_its_image_whatever_the_batch(sampler, tmp_path):
     config = TrainConfig(num_sampling_steps=4, sampler=sampler, results_dir=tmp_path)
     trainer = Trainer(config)
@@ -238,6 +248,52 @@ def test_a_seed_gives_its_image_whatever_the_batch(sampler, tmp_path):
     assert relative(apart, together) < 1e-4
     assert relative(single, together[4:]) < 1e-4
     assert not torch.allclose(together[3], together[4], atol=0.1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", [StepwiseLearner, TrajectoryLearner])
+def test_a_router_trains_and_replays_with_every_sampler(kind, sampler, tmp_path):
+    golden = load_golden("a")
+    backbone = Backbone(
+        name="tiny",
+        model=golden.model,
+        conditions=Classes(golden.model.config.num_classes),
+        sampler=create_sampler(sampler, 4),
+        guidance=Guidance(1.5),
+        image_size=8,
+        weights_hash="",
+        costs=golden.costs,
+        device=CPU,
+    )
+    config = TrainConfig(
+        sampler=sampler, num_sampling_steps=4, global_batch_size=4, held_out_batch_size=4,
+        max_steps=2, init_std=1.0, predictor="taylor1", coordinate="log-snr",
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True)
+    consensus = Consensus(accelerator, Interruption())
+    learner = kind(config, Batches(accelerator, backbone, 0, False), consensus)
+    before = learner.router.logits()
+    assert math.isfinite(learner.sweep(2)["loss"])
+    logits = learner.router.logits()
+    # Step by step two updates make rows 1 and 2; a trajectory makes all.
+    stepwise = kind is StepwiseLearner
+    assert (logits != before).any(dim=1).tolist() == [False, True, True, not stepwise]
+    if stepwise:
+        weights = learner.refreshes[0][1]
+        assert weights[0] == 0 and all(math.isfinite(w) and w > 0 for w in weights[1:])
+
+    path = tmp_path / "router.safetensors"
+    save_router(path, RouterFile(logits, backbone.router_info(), learner.schedule()))
+    schedule = load_schedule(path, None, backbone)
+    cached, uncached = (
+        sample(backbone, which, Draws(0, "sample"), range(2)) for which in (schedule, None)
+    )
+    assert cached.isfinite().all() and 0 < relative(cached, uncached) < 1
+    other = create_sampler("iddpm" if sampler == "ddim" else "ddim", 4)
+    with pytest.raises(HarmonicaError, match="--force"):
+        load_schedule(path, None, replace(backbone, sampler=other))
+    with pytest.warns(UserWarning, match=f"--sampler {re.escape(sampler)}, not"):
+        load_schedule(path, None, replace(backbone, sampler=other), force=True)
 
 
 def test_purposes_and_seeds_draw_different_noise():

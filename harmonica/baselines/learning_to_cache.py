@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from harmonica.backbone import Backbone
 from harmonica.cache import Cache, Masking, computing_branches
 from harmonica.denoise import Guidance, Trajectories
-from harmonica.diffusion import TRAIN_STEPS, Diffusion
 from harmonica.errors import HarmonicaError
 from harmonica.labelled_images import LabelledImages
 from harmonica.randomness import Draws
@@ -59,7 +58,6 @@ class LearningToCache(TrainingMethod):
         self.global_indices, self.num_workers = global_indices, num_workers
         self.compares_all = compares_all
         self.rows = alternate_rows(len(backbone.sampler.timesteps))
-        self.alphas_bar = Diffusion.respaced(TRAIN_STEPS).alphas_bar
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
 
     def _batches_from(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,10 +97,10 @@ class LearningToCache(TrainingMethod):
         mirrored = draws.integers("mirrored", indices, 2).bool()
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         x0 = self.encode(images.float() / 127.5 - 1)
-        bar = float(self.alphas_bar[int(backbone.sampler.timesteps[s])])
+        bar = backbone.sampler.alphas_bar[s]
         noise = draws.initial_noise(indices, backbone.latent_shape).to(x0.device)
         unlabelled = draws.integers("unlabelled", indices, round(1 / LABEL_DROPOUT)) == 0
-        y = torch.where(unlabelled, backbone.model.config.num_classes, labels)
+        y = torch.where(unlabelled, backbone.model.null_label, labels)
         return Trajectories(
             backbone.model,
             backbone.sampler,

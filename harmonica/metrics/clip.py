@@ -1,32 +1,11 @@
 """CLIP score: how well images fit the prompts that they were made from."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import existing_file, read_text
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line.
-
-    Raises:
-        HarmonicaError: unreadable, or a line without a prompt.
-    """
-    existing_file(path, "--prompts")
-    try:
-        lines = read_text(path).splitlines()
-    except HarmonicaError as error:
-        raise HarmonicaError(f"--prompts {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise HarmonicaError(
-                f"--prompts {path}: line {number} is empty; give every image a prompt"
-            )
-    return lines
 
 
 class ClipScore:

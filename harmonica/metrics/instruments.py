@@ -7,13 +7,14 @@ import torch
 from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.metrics import NAMES
-from harmonica.metrics.clip import ClipScore, read_prompts
+from harmonica.metrics.clip import ClipScore
 from harmonica.metrics.extractor import KINDS, Extractor, load_extractor
 from harmonica.metrics.images import pixels
 from harmonica.metrics.paired import Lpips, load_lpips, lpips_left_out
 from harmonica.metrics.reference import Reference, open_reference
 from harmonica.metrics.subject import Subject
 from harmonica.options import flag_of
+from harmonica.prompts import read_prompts
 from models import BUNDLED_WEIGHTS, MODELS
 
 

@@ -1,0 +1,81 @@
+"""Encode prompts once, so that training and sampling need no text encoder in memory.
+
+    python scripts/encode_prompts.py --prompts captions.txt --out captions.safetensors
+
+Interrupted, the same command goes on where it stopped.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from harmonica.backbone import select_device
+from harmonica.errors import HarmonicaError, run_command
+from harmonica.options import Options, option, parse
+from harmonica.prompts import (
+    BUNDLED_PROMPTS,
+    encode_prompts,
+    load_prompts,
+    read_prompts,
+    save_prompts,
+)
+
+
+@dataclass(frozen=True)
+class EncodeConfig(Options):
+    """What is encoded, with what."""
+
+    prompts: Path = option(BUNDLED_PROMPTS, "UTF-8 text, a prompt a line")
+    text_encoder: str = option(
+        "PixArt-alpha/PixArt-XL-2-1024-MS",
+        "T5, or a pipeline with one: repository of the Hub, or folder",
+    )
+    max_tokens: int = option(
+        120, "tokens of a prompt, the rest is cut: 120 for PixArt-alpha, 300 for Sigma", low=2
+    )
+    batch_size: int = option(16, "prompts per forward", low=1)
+    out: Path = option(Path("prompts.safetensors"), "embeddings, masks and the null prompt")
+
+
+def check_output(config: EncodeConfig, texts: list[str]) -> bool:
+    """Whether the file is there already.
+
+    Raises:
+        HarmonicaError: something else is.
+    """
+    if not config.out.exists():
+        return False
+    wanted = (tuple(texts), config.text_encoder, config.max_tokens)
+    try:
+        found = load_prompts(config.out)
+        if (found.texts, found.encoder, found.mask.shape[1]) == wanted:
+            return True
+    except HarmonicaError:
+        pass
+    raise HarmonicaError(
+        f"--out {config.out} holds something else; remove it or pass another --out"
+    )
+
+
+@run_command
+def main() -> None:
+    config = parse(EncodeConfig, "Encode a text file of prompts with T5.")
+    texts = read_prompts(config.prompts)
+    if not check_output(config, texts):
+        parts = config.out.with_name(f"{config.out.name}.parts")
+        encoded = encode_prompts(
+            texts,
+            config.text_encoder,
+            select_device(),
+            config.max_tokens,
+            config.batch_size,
+            progress="prompts",
+            parts=parts,
+        )
+        save_prompts(config.out, encoded)
+        shutil.rmtree(parts, ignore_errors=True)
+    print(f"{config.out}: {len(texts)} prompts")
+
+
+if __name__ == "__main__":
+    main()

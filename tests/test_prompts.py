@@ -1,0 +1,237 @@
+"""Prompts: encoding against the library's own call, and the file that keeps the result."""
+
+import gc
+import re
+import runpy
+import shutil
+import sys
+import warnings
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, relative
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, T5EncoderModel
+
+from harmonica.errors import HarmonicaError
+from harmonica.files import read_safetensors
+from harmonica.prompts import (
+    BUNDLED_PROMPTS,
+    EncodedPrompts,
+    TextEncoder,
+    encode_prompts,
+    load_prompts,
+    read_prompts,
+    save_prompts,
+)
+
+CPU = torch.device("cpu")
+TEXTS = ("A cat on a mat", "", "eine Brücke über den Fluß, 夜 🌉", "fog")
+
+
+def encoded(folder, texts=TEXTS, **options) -> EncodedPrompts:
+    return encode_prompts(texts, str(folder), CPU, **{"max_tokens": 40, **options})
+
+
+def same(a: EncodedPrompts, b: EncodedPrompts) -> bool:
+    tensors = ("embeddings", "mask", "null_embedding", "null_mask")
+    return (a.texts, a.encoder) == (b.texts, b.encoder) and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in tensors
+    )
+
+
+def test_embeddings_are_those_of_the_encoder_at_full_length(tiny_t5):
+    """As PixArt's pipeline calls it: lower case, padded to the limit, with the tokenizer's mask."""
+    prompts = encoded(tiny_t5, batch_size=3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_t5, subfolder="tokenizer")
+    model = T5EncoderModel.from_pretrained(tiny_t5, subfolder="text_encoder").eval()
+    assert prompts.texts == TEXTS
+    assert prompts.embeddings.shape == (4, 40, 16) and prompts.embeddings.dtype == torch.float16
+    for i, text in enumerate(TEXTS):
+        tokens = tokenizer(
+            text.lower(), padding="max_length", max_length=40, truncation=True, return_tensors="pt"
+        )
+        mask = tokens.attention_mask[0].bool()
+        with torch.inference_mode():
+            expected = model(**tokens).last_hidden_state[0]
+        assert torch.equal(prompts.mask[i], mask)
+        assert relative(prompts.embeddings[i][mask], expected[mask]) < 1e-3  # half precision
+        assert not prompts.embeddings[i][~mask].any()
+
+
+def test_the_empty_prompt_is_the_null_prompt(tiny_t5):
+    prompts = encoded(tiny_t5)
+    assert prompts.null_mask.sum() == 1  # the end of the text
+    assert torch.equal(prompts.mask[1], prompts.null_mask)
+    assert relative(prompts.embeddings[1], prompts.null_embedding) < 1e-3
+
+
+def test_long_prompts_are_cut_with_a_warning(tiny_t5):
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than 40 tokens"):
+        prompts = encoded(tiny_t5, ("fog", "long " * 20))
+    assert prompts.mask[1].all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoded(tiny_t5)
+
+
+def test_the_encoder_is_gone_afterwards(tiny_t5, monkeypatch):
+    seen, load = [], TextEncoder._load
+
+    def watched(*arguments, **options):
+        loaded = load(*arguments, **options)
+        seen.append(weakref.ref(loaded))
+        return loaded
+
+    monkeypatch.setattr(TextEncoder, "_load", watched)
+    encoded(tiny_t5)
+    gc.collect()
+    assert len(seen) == 2 and all(reference() is None for reference in seen)
+
+
+def test_a_t5_without_a_pipeline_around_it_works(tiny_t5, tmp_path):
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(tiny_t5 / part, tmp_path, dirs_exist_ok=True)
+    assert torch.equal(encoded(tmp_path).embeddings, encoded(tiny_t5).embeddings)
+
+
+def test_finished_batches_are_not_encoded_again(tiny_t5, tmp_path, monkeypatch):
+    parts, whole = tmp_path / "parts", encoded(tiny_t5, batch_size=1)
+    encode, sizes = TextEncoder.encode, []
+
+    def interrupted(self, ids, device):
+        if len(sizes) == 3:  # the null prompt and two batches
+            raise KeyboardInterrupt
+        sizes.append(len(ids))
+        return encode(self, ids, device)
+
+    monkeypatch.setattr(TextEncoder, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(tiny_t5, batch_size=1, parts=parts)
+    sizes.clear()
+    assert same(encoded(tiny_t5, batch_size=1, parts=parts), whole)
+    assert len(sizes) == 3  # the null prompt again, and the other two
+    sizes.clear()
+    assert same(encoded(tiny_t5, batch_size=1, parts=parts), whole) and not sizes
+    # Other texts are encoded, whatever the folder holds.
+    with pytest.raises(KeyboardInterrupt):
+        encoded(tiny_t5, ("a", "b", "c", "d"), batch_size=1, parts=parts)
+
+
+def test_a_damaged_batch_is_encoded_again(tiny_t5, tmp_path):
+    whole = encoded(tiny_t5, batch_size=2, parts=tmp_path)
+    part = tmp_path / "000001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert same(encoded(tiny_t5, batch_size=2, parts=tmp_path), whole)
+    assert load_prompts(part).texts == TEXTS[2:]
+
+
+def test_a_file_gives_back_what_was_saved(tiny_t5, tmp_path):
+    prompts = encoded(tiny_t5)
+    save_prompts(tmp_path / "prompts.safetensors", prompts)
+    assert same(load_prompts(tmp_path / "prompts.safetensors"), prompts)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda t, m: m.update(format="other"), "its format"),
+        (lambda t, m: m.update(texts="[1]"), "its texts"),
+        (lambda t, m: m.update(texts='["one"]'), "1 texts do not go"),
+        (lambda t, m: t.pop("null_mask"), "missing or unknown"),
+        (lambda t, m: t.update(mask=t["mask"].int()), "not boolean"),
+        (lambda t, m: t["mask"][0].zero_(), "no token"),
+        (lambda t, m: t.update(tokens=t["tokens"][1:]), "tokens is"),
+        (lambda t, m: t["tokens"].fill_(torch.nan), "not finite"),
+        (lambda t, m: t.update(null_tokens=t["null_tokens"][:, 1:]), "another width"),
+    ],
+)
+def test_files_that_do_not_hold_together_are_refused(tiny_t5, tmp_path, spoil, reason):
+    path = tmp_path / "prompts.safetensors"
+    save_prompts(path, encoded(tiny_t5, ("fog", "a cat")))
+    tensors, metadata = read_safetensors(path)
+    spoil(tensors, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    with pytest.raises(HarmonicaError, match=reason) as refused:
+        load_prompts(path)
+    assert "--prompts" in str(refused.value) and "encode_prompts.py" in str(refused.value)
+
+
+def test_what_is_not_there_is_refused(tmp_path, tiny_t5):
+    with pytest.raises(HarmonicaError, match=r"--prompts .*absent"):
+        load_prompts(tmp_path / "absent")
+    with pytest.raises(HarmonicaError, match="--text-encoder") as refused:
+        encoded(tmp_path)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(HarmonicaError, match="holds no prompt"):
+        encoded(tiny_t5, ())
+
+
+def test_numbers_beyond_half_precision_are_refused(tiny_t5, tmp_path):
+    shutil.copytree(tiny_t5 / "tokenizer", tmp_path / "tokenizer")
+    model = T5EncoderModel.from_pretrained(tiny_t5, subfolder="text_encoder")
+    model.encoder.final_layer_norm.weight.data.fill_(1e6)
+    model.save_pretrained(tmp_path / "text_encoder")
+    with pytest.raises(HarmonicaError, match="not finite"):
+        encoded(tmp_path)
+
+
+def test_prompt_files_have_a_prompt_on_every_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("夜の橋\nfog, 5 a.m.\n", "utf-8")
+    assert read_prompts(path) == ["夜の橋", "fog, 5 a.m."]
+    path.write_text("")
+    with pytest.raises(HarmonicaError, match="is empty"):
+        read_prompts(path)
+
+
+def test_prompts_in_single_precision_are_saved_in_half(tiny_t5, tmp_path):
+    prompts = encoded(tiny_t5)
+    save_prompts(tmp_path / "p", replace(prompts, embeddings=prompts.embeddings.float()))
+    assert same(load_prompts(tmp_path / "p"), prompts)
+
+
+def test_the_script_encodes_a_text_file_once(tiny_t5, tmp_path, monkeypatch, capsys):
+    (tmp_path / "captions.txt").write_text("\n".join(("fog", "夜の橋", "a cat " * 20)), "utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> None:
+        command = [
+            "encode_prompts.py", "--prompts", "captions.txt", "--out", "out.safetensors",
+            "--text-encoder", str(tiny_t5), "--max-tokens", "40", *arguments,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(str(ROOT / "scripts" / "encode_prompts.py"), run_name="__main__")
+
+    with pytest.warns(UserWarning, match="1 of 3 prompts are longer than 40 tokens"):
+        run("--batch-size", "2")
+    printed = capsys.readouterr()
+    assert "out.safetensors: 3 prompts" in printed.out and "prompts: 100%" in printed.err
+    prompts = load_prompts(tmp_path / "out.safetensors")
+    assert prompts.texts[:2] == ("fog", "夜の橋") and prompts.encoder == str(tiny_t5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.txt", "out.safetensors"]
+    monkeypatch.setattr(TextEncoder, "encode", None)
+    run()  # nothing is left to do
+    with pytest.raises(SystemExit) as ended:
+        run("--max-tokens", "30")
+    assert ended.value.code == 2
+    refusal = capsys.readouterr().err
+    assert refusal.startswith("error: --out out.safetensors holds something else")
+
+
+def test_the_bundled_prompts_are_many_and_varied():
+    prompts = read_prompts(BUNDLED_PROMPTS)
+    assert len(prompts) >= 1000
+    words = [tuple(re.findall(r"[\w'-]+", prompt.lower())) for prompt in prompts]
+    assert len(set(words)) == len({frozenset(some) for some in words}) == len(prompts)
+    lengths = [len(some) for some in words]
+    assert min(lengths) >= 1 and 20 <= max(lengths) <= 40
+    assert sum(length <= 3 for length in lengths) > 40
+    assert sum(length >= 15 for length in lengths) > 50
+    assert len({word for some in words for word in some}) > 1500
+    # Nothing that surprises a tokenizer or a reader.
+    assert all(prompt == " ".join(prompt.split()) for prompt in prompts)
+    articles = re.compile(r"\b(a [aeio]|an [b-df-gj-np-tv-z])", re.IGNORECASE)
+    assert not [prompt for prompt in prompts if articles.search(prompt)]
