@@ -372,7 +372,8 @@ def load_router(path: Path, flag: str = "--path") -> RouterFile:
         ]
         if (path / "config.yaml").is_file() and not candidates[0].is_file():
             raise HarmonicaError(
-                f"{flag} {path} is a run that has not exported its router; let it finish"
+                f"{flag} {path} is a run that has not exported its router; let it finish, or "
+                "go on with train_router.py --resume"
             )
         path = next((file for file in candidates if file.is_file()), candidates[0])
     existing_file(path, flag)

@@ -53,7 +53,7 @@ def test_samples_are_in_order_with_classes_in_turn(made):
         assert (file["arr_0"] == images.whole()).all()
 
 
-def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(made, tmp_path):
+def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(made, tmp_path, faults):
     out = tmp_path / "samples"
     shutil.copytree(made, out)
     before = states(out)
@@ -73,9 +73,10 @@ def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(made, tmp_pat
     # A whole folder is left alone.
     sample_many(replace(FEW, out=out))
     assert states(out) == after
+    faults.add("shard, picture or npz deleted, cut, replaced", 6)
 
 
-def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeypatch):
+def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeypatch, faults):
     out, config = tmp_path / "samples", replace(FEW, out=tmp_path / "samples", png=False)
     after = many_samples.Work._after
 
@@ -92,6 +93,7 @@ def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeyp
     monkeypatch.setattr("socket.socket", None)  # nothing is fetched: everything is there
     sample_many(config)
     assert sha256(out / NAME) == sha256(made / NAME)
+    faults.add("SIGTERM while sampling, then no network", 1)
 
 
 def test_more_samples_are_added_to_fewer(made, tmp_path):
