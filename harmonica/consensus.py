@@ -4,7 +4,8 @@ Their gradients are averaged. With them goes whether everything is finite, and w
 asked to end: so all go on, or all stop before the same update, and none waits for one that left.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,25 @@ from harmonica.interruption import Interruption
 
 class NotFinite(HarmonicaError):
     """A loss, gradient or weight that is not a number, on any process."""
+
+
+class LostProcess(HarmonicaError):
+    """A collective failed."""
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """What torch raises where a process is gone or silent is said in a sentence.
+
+    Raises:
+        LostProcess: so it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise LostProcess("another process of the run ended or does not answer") from None
+        raise
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from harmonica.checkpoint import Checkpoints, unpack
 from harmonica.config import TrainConfig
+from harmonica.consensus import peers
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.interruption import Interruption
 from harmonica.run_directory import RunDirectory
@@ -108,20 +108,16 @@ class Progress:
         self.interruption.secure = self.save
         with self.interruption:
             try:
-                yield
+                with peers():
+                    yield
                 self.save()
             except Interrupted as stop:
                 self.save()
                 raise Interrupted(stop.signal, self._standing()) from None
-            except (HarmonicaError, RuntimeError) as error:
-                if not isinstance(error, HarmonicaError) and not _lost_a_process(error):
-                    raise
+            except HarmonicaError as error:
                 with contextlib.suppress(HarmonicaError):  # a full disk has been reported
                     self.save()
-                reason = "another process of the run ended or does not answer"
-                if isinstance(error, HarmonicaError):
-                    reason = str(error)
-                said = filter(None, [reason, self._standing()])
+                said = filter(None, [str(error), self._standing()])
                 raise HarmonicaError("; ".join(said)) from None
 
     def _standing(self) -> str:
@@ -132,8 +128,3 @@ class Progress:
         if last is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {last}: go on with --resume {self.directory.path}"
-
-
-def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether a collective failed."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

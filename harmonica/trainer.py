@@ -14,7 +14,7 @@ from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
-from harmonica.consensus import Consensus
+from harmonica.consensus import Consensus, peers
 from harmonica.engine import EAGER
 from harmonica.errors import HarmonicaError
 from harmonica.interruption import Interruption
@@ -35,6 +35,7 @@ CHECKPOINT_FORMAT = 1
 class Trainer:
     """One training run of a router; ``run()`` does it all and returns the run directory."""
 
+    @peers()
     def __init__(self, config: TrainConfig):
         self.config = config
         self.accelerator = _accelerator(config)
@@ -53,6 +54,7 @@ class Trainer:
         kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
         self.learner: Learner = kind(config, batches, consensus, frozen)
 
+    @peers()
     def run(self) -> RunDirectory | None:
         """Train, export, draw; the run directory on the main process, None on the others.
 

@@ -48,6 +48,13 @@ def rounds(request) -> int:
     return int(os.environ.get("ROUNDS", 20)) if request.config.getoption("--soak") else 3
 
 
+@pytest.fixture(scope="session")
+def nightly(request) -> None:
+    """For tests that wait long: skipped unless asked for."""
+    if not request.config.getoption("--soak"):
+        pytest.skip("in the nightly form: --soak")
+
+
 class Faults:
     """Counts faults that were injected and survived, at the end of their test."""
 

@@ -102,29 +102,39 @@ def trained(tmp_path_factory, rounds) -> tuple[str, int]:
 def test_kill_9_of_a_training_process(trained, tmp_path, rounds, faults):
     """At random moments: the others end, what is lost is bounded, what is learned is the same."""
     expected, total = trained
-    draw, killed = random.Random(rounds), 0
+    draw, killed, number = random.Random(rounds), 0, 0
+
+    def start() -> Group:
+        return Group(
+            "train", *TRAIN, "--max-steps", total, "--timeout", 15, folder=tmp_path / str(number),
+            fault=without_pictures,
+        )  # fmt: skip
+
+    (tmp_path / "0").mkdir()
     while killed < rounds:
-        group = Group(
-            "train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=without_pictures
-        )
-        reached = min(updates(tmp_path) + draw.randint(1, 3), total - 1)
-        group.wait_until(lambda: updates(tmp_path) >= reached)  # noqa: B023
-        time.sleep(draw.random() / 8)
-        if not group.is_running:
-            break
-        victim = draw.randrange(2)
-        group.kill(victim)
-        survivor = group.wait()[1 - victim]
-        assert survivor in (0, 2), group.said()
-        killed += 1
-        done = updates(tmp_path)
-        stands = max(
-            (int(p.stem) for p in (run_of(tmp_path) / "checkpoints").glob("*.pt")), default=0
-        )
-        assert done - stands <= CKPT_EVERY, f"{done} updates were made and {stands} are safe"
-    group = Group("train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=without_pictures)
+        group, folder = start(), tmp_path / str(number)
+        if killed % 4 == 3:  # while it starts
+            time.sleep(2 * draw.random())
+        else:
+            further = updates(folder) + draw.randint(1, 3)
+            group.wait_until(lambda: updates(folder) >= further)  # noqa: B023
+            time.sleep(draw.random() / 8)
+        if all(process.is_alive() for process in group.processes):
+            victim = draw.randrange(2)
+            group.kill(victim)
+            assert group.wait()[1 - victim] in (0, 2), group.said()
+            assert "Traceback" not in group.said()
+            killed += 1
+            saved = [int(path.stem) for path in folder.rglob("checkpoints/*.pt")]
+            assert updates(folder) - max(saved, default=0) <= CKPT_EVERY
+        else:  # it was done before it could be killed
+            assert group.wait() == [0, 0], group.said()
+            assert learned(folder) == expected
+            number += 1
+            (tmp_path / str(number)).mkdir()
+    group = start()
     assert group.wait() == [0, 0], group.said()
-    assert learned(tmp_path) == expected
+    assert learned(tmp_path / str(number)) == expected
     faults.add("kill -9 of a training process", killed)
 
 
@@ -187,7 +197,7 @@ def test_signals_while_a_checkpoint_is_written(trained, tmp_path, rounds, faults
     faults.add("clock going backwards", 1)
 
 
-def test_a_process_that_does_not_answer_ends_the_run(tmp_path, faults):
+def test_a_process_that_does_not_answer_ends_the_run(tmp_path, nightly, faults):
     group = Group(
         "train",
         *TRAIN,
@@ -225,7 +235,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, faults):
     faults.add("a folder that cannot be written to", 2)
 
 
-def test_elastic_restarts_go_on(tmp_path, faults):
+def test_elastic_restarts_go_on(tmp_path, nightly, faults):
     """torchrun starts all processes again when one dies, and the run goes on by itself."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -274,9 +284,7 @@ def stand_ins_for_slurm(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_a_preempted_job_comes_back(tmp_path, request, faults):
-    if not request.config.getoption("--soak"):
-        pytest.skip("the launch scripts are tried in the nightly form")
+def test_a_preempted_job_comes_back(tmp_path, nightly, faults):
     environment = stand_ins_for_slurm(tmp_path)
 
     def job(script: str, *arguments) -> subprocess.Popen:
