@@ -110,7 +110,7 @@ class BackboneConfig(Options):
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
     compile: bool | None = option(
-        None, "sample with compiled blocks (needs a C++ compiler); default: on a GPU"
+        None, "run blocks compiled (needs a C++ compiler on a CPU); default: on a GPU"
     )
     cuda_graphs: bool | None = option(
         None, "sample whole trajectories as CUDA graphs; default: on a GPU"
@@ -317,6 +317,11 @@ class TrainConfig(BackboneConfig):
     )
     lambda_batch_size: int | None = option(
         None, "model rows of a refresh over all processes; default: twice the batch size", low=1
+    )
+    lambda_rows: int = option(
+        64,
+        "model rows of one forward of a refresh: as many rollouts run side by side as fit",
+        low=1,
     )
     lambda_form: str | None = option(
         None,

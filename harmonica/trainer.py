@@ -15,7 +15,7 @@ from harmonica.backbone import load_backbone
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
 from harmonica.consensus import Consensus
-from harmonica.engine import EAGER
+from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.interruption import Interruption
 from harmonica.learner import Learner, StepwiseLearner
@@ -27,6 +27,7 @@ from harmonica.router import RouterFile, save_router
 from harmonica.run_directory import RunDirectory
 from harmonica.sampling import load_schedule, sample
 from harmonica.trajectory_learner import TrajectoryLearner
+from models.transformer import call_block
 
 PREVIEW_IMAGES = 12
 CHECKPOINT_FORMAT = 1
@@ -42,7 +43,13 @@ class Trainer:
         with self.accelerator.local_main_process_first():
             self.backbone = load_backbone(config, self.accelerator.device)
             self.decode = load_decoder(config, self.accelerator.device)
-        batches = Batches(self.accelerator, self.backbone, config.global_seed, config.compares_all)
+        # The trajectory objective makes its own checkpoints, and no graph of what it decides.
+        run = call_block
+        if config.objective == "sdt":
+            run = block_runner(self.backbone.how.compiles, config.activation_checkpointing)
+        batches = Batches(
+            self.accelerator, self.backbone, config.global_seed, config.compares_all, run
+        )
         self.interruption = Interruption()
         consensus = Consensus(self.accelerator, self.interruption)
         frozen = None
