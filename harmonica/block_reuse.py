@@ -1,21 +1,19 @@
-"""Reuse of whole blocks: a stretch of blocks is replaced by the difference it made before.
+"""Reuse of whole blocks: a stretch of blocks does not run; what it gave before stands in for it.
 
-What a stretch adds to its input holds the gates of the step at which it was computed, so it is no
-branch's value: it is taken and put back at the blocks' own ends, by hooks that live for one model
-evaluation.
+That is either the difference it made to its input (Delta-DiT), which holds the gates of the step at
+which it was computed and so is no branch's value, or its output itself, whatever came in
+(DeepCache, Faster Diffusion). The same goes for outputs that leave a stretch by long skips.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonica.denoise import Trajectories
 from harmonica.schedule import Schedule
-from models.branch import Branch, compute
+from models.branch import compute
+from models.transformer import Conditioning
 
 Stretch = tuple[int, int]  # first block, one past the last
 
@@ -26,11 +24,11 @@ def block_decisions(schedule: Schedule) -> np.ndarray:
     Raises:
         ValueError: a block computes some of its branches only.
     """
-    blocks = schedule.costs.blocks
-    rows = [schedule.compute[:, [b == block for b in blocks]] for block in dict.fromkeys(blocks)]
-    if any((row != row[:, :1]).any() for row in rows):
+    decisions, blocks = schedule.block_compute, schedule.costs.blocks
+    order = list(dict.fromkeys(blocks))
+    if (schedule.compute != decisions[:, [order.index(block) for block in blocks]]).any():
         raise ValueError("a schedule that reuses blocks must decide for all branches of one alike")
-    return np.stack([row[:, 0] for row in rows], axis=1)
+    return decisions
 
 
 def reused_stretches(row: np.ndarray) -> list[Stretch]:
@@ -39,60 +37,55 @@ def reused_stretches(row: np.ndarray) -> list[Stretch]:
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _skip(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The branch that adds nothing."""
-    return x.new_zeros(())
-
-
 class BlockReplay:
     """Predictor that replays a schedule of blocks along one trajectory."""
 
     def __init__(self, batch: Trajectories, schedule: Schedule):
-        self.batch, self.table = batch, schedule.compute.tolist()
+        self.batch, self.adds = batch, schedule.reuses == "blocks"
         decisions = block_decisions(schedule)
-        self.reused = [reused_stretches(row) for row in decisions]
+        self.reused = [dict(reused_stretches(row)) for row in decisions]
         # A stretch is stored at the last step before its reuse that computes all of it.
         self.stored: dict[int, set[Stretch]] = defaultdict(set)
         for s, stretches in enumerate(self.reused):
-            for a, b in stretches:
+            for a, b in stretches.items():
                 self.stored[int(np.flatnonzero(decisions[:s, a:b].all(axis=1))[-1])].add((a, b))
-        self.differences: dict[Stretch, Tensor] = {}
+        # (stretch, block in it) to what stands in for that block's output.
+        self.values: dict[tuple[Stretch, int], Tensor] = {}
 
     def __call__(self, s: int, x: Tensor) -> Tensor:
-        branches: list[Branch] = [compute if computes else _skip for computes in self.table[s]]
-        with self._hooked(s):
-            return self.batch.predict(s, x, branches)
+        return self.batch.evaluate(lambda rows, c: self._evaluate(s, rows, c), s, x)
 
-    @contextmanager
-    def _hooked(self, s: int) -> Iterator[None]:
-        blocks, handles = self.batch.model.blocks, []
+    def _leaving(self, stretch: Stretch) -> list[int]:
+        """Blocks of a stretch whose output is read outside of it."""
+        inside, joins = range(*stretch), self.batch.model.joins
+        skips = [source for k, source in joins.items() if source in inside and k not in inside]
+        return sorted({inside[-1], *skips})
+
+    def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
+        model, size = self.batch.model, x.shape[-2:]
+        blocks, joins = model.blocks, model.joins
+        x, skips, inputs, k = model.embed(x, conditioning), {}, {}, 0
+        while k < len(blocks):
+            if any(k == first for first, _ in self.stored[s]):
+                inputs[k] = x
+            if k in self.reused[s]:
+                stretch = (k, self.reused[s][k])
+                for j in self._leaving(stretch):
+                    value = self.values[stretch, j]
+                    skips[j] = x + value if self.adds else value
+                x, k = skips[stretch[1] - 1], stretch[1]
+                continue
+            if k in joins:
+                x = blocks[k].join(x, skips.pop(joins[k]))
+            x = blocks[k](x, conditioning.blocks[k], *[compute] * len(blocks[k].updates))
+            if k in joins.values():
+                skips[k] = x
+            self._store(s, k, x, inputs)
+            k += 1
+        return model.head(x, conditioning, size)
+
+    def _store(self, s: int, k: int, x: Tensor, inputs: dict[int, Tensor]) -> None:
+        """Keep the output of block k, if a stretch that is reused later gives it."""
         for stretch in self.stored[s]:
-            handles += self._store(blocks, stretch)
-        for stretch in self.reused[s]:
-            handles.append(self._put_back(blocks, stretch))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _store(
-        self, blocks: nn.ModuleList, stretch: Stretch
-    ) -> list[torch.utils.hooks.RemovableHandle]:
-        first, last = blocks[stretch[0]], blocks[stretch[1] - 1]
-
-        def enter(block: nn.Module, inputs: tuple) -> None:
-            self.differences[stretch] = inputs[0]
-
-        def leave(block: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.differences[stretch] = output - self.differences[stretch]
-
-        return [first.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
-
-    def _put_back(
-        self, blocks: nn.ModuleList, stretch: Stretch
-    ) -> torch.utils.hooks.RemovableHandle:
-        def leave(block: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            return output + self.differences[stretch]
-
-        return blocks[stretch[1] - 1].register_forward_hook(leave)
+            if k in self._leaving(stretch):
+                self.values[stretch, k] = x - inputs[stretch[0]] if self.adds else x

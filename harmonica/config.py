@@ -34,10 +34,15 @@ METHODS = (
     "fewer-steps",
     "fewer-steps-dpm-solver++",
     "fora",
+    "fora-taylor1",
+    "taylorseer1",
+    "taylorseer2",
     "delta-dit",
     "smoothcache",
     "uniform",
     "random",
+    "faster-diffusion",
+    "deepcache",
 )
 
 
@@ -61,21 +66,45 @@ def check_one_budget(config: "TrainConfig | SampleConfig") -> None:
 
 @dataclass(frozen=True)
 class BackboneConfig(Options):
-    """The model that is made faster, and how it is sampled."""
+    """The model that is made faster, and how it is sampled.
+
+    Attributes:
+        READS_PROMPTS: whether prompts have another use than to be what is sampled.
+    """
+
+    READS_PROMPTS: ClassVar[bool] = False
 
     model: str = option("DiT-Ti/4", "model of the zoo")
     image_size: int | None = option(None, "image side in pixels; default: the model's", low=1)
     num_classes: int | None = option(None, "classes; default: the model's", low=1)
     ckpt: Path | None = option(
         None,
-        "weights (.pt or .safetensors); default: bundled or downloaded",
+        "weights (.pt, .pth, .safetensors) or the folder of a diffusers model; default: bundled or "
+        "downloaded",
         aliases=("--weights",),
     )
-    vae: str = option("ema", "decoder of latent models: ema, mse or a path")
-    sampler: str = option("ddim", "sampler", choices=tuple(SAMPLERS))
+    vae: str | None = option(
+        None, "decoder of latent models: ema, mse, sdxl or a path; default: the model's"
+    )
+    prompts: Path | None = option(
+        None,
+        "what models of text draw: a text file, a prompt a line, or encoded prompts; default: the "
+        "project's list",
+    )
+    prompt: str | None = option(None, "or one prompt")
+    text_encoder: str | None = option(
+        None, "T5 of the Hub or a folder, for prompts that are not encoded; default: the model's"
+    )
+    sampler: str | None = option(None, "sampler; default: the model's", choices=tuple(SAMPLERS))
     eta: float = option(0.0, "DDIM: 0 deterministic to 1 ancestral", low=0, high=1)
-    num_sampling_steps: int = option(20, "T, model evaluations per image", low=2, high=TRAIN_STEPS)
-    cfg_scale: float = option(1.5, "classifier-free guidance; 1 runs no unconditional half", low=0)
+    num_sampling_steps: int | None = option(
+        None, "T, model evaluations per image; default: the model's", low=2, high=TRAIN_STEPS
+    )
+    cfg_scale: float | None = option(
+        None,
+        "classifier-free guidance; 1 runs no unconditional half; default: the model's",
+        low=0,
+    )
     guide_all_channels: bool = option(
         False, "guide every latent channel; published DiT guides three of four"
     )
@@ -87,6 +116,26 @@ class BackboneConfig(Options):
         None, "sample whole trajectories as CUDA graphs; default: on a GPU"
     )
 
+    def __post_init__(self):
+        """Fill in what follows from other fields, so that a run records what it did."""
+        spec = MODELS.get(self.model)
+        if spec is None:
+            return  # refused by ``check``
+        defaults = {
+            "vae": next(iter(spec.latent.autoencoders), None),
+            "text_encoder": spec.text_encoder,
+            "sampler": spec.sampler,
+            "num_sampling_steps": spec.num_steps,
+            "cfg_scale": spec.guidance,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    @property
+    def names_prompts(self) -> bool:
+        return self.prompts is not None or self.prompt is not None
+
     def check(self) -> None:
         """Refuse values that cannot work, naming the flag and the remedy."""
         if self.model not in MODELS:
@@ -94,6 +143,46 @@ class BackboneConfig(Options):
                 f"--model {self.model} is unknown; use one of {', '.join(sorted(MODELS))}"
             )
         super().check()
+        self._check_size()
+        self._check_condition()
+        spec = MODELS[self.model]
+        if self.sampler == "iddpm" and spec.config.out_channels == spec.config.in_channels:
+            raise HarmonicaError(
+                f"--sampler iddpm needs a learned variance, which {self.model} does not have; use "
+                f"{spec.sampler}"
+            )
+        others = {name for other in MODELS.values() for name in other.latent.autoencoders}
+        if self.vae in others - set(spec.latent.autoencoders):
+            known = ", ".join([*spec.latent.autoencoders, "a path"])
+            raise HarmonicaError(
+                f"--vae {self.vae} is of another latent space than {self.model}; use {known}"
+            )
+
+    def _check_condition(self) -> None:
+        """Refuse prompts, classes or guidance that the model does not take."""
+        spec = MODELS[self.model]
+        if self.prompts is not None and self.prompt is not None:
+            raise HarmonicaError("--prompts and --prompt exclude each other; pass one")
+        if spec.text_encoder is None:
+            if self.names_prompts and not self.READS_PROMPTS:
+                flag = "--prompts" if self.prompts is not None else "--prompt"
+                raise HarmonicaError(f"{flag} is for models of text; {self.model} takes classes")
+            if spec.config.num_classes == 0 and self.cfg_scale != 1:
+                raise HarmonicaError(
+                    f"--cfg-scale {self.cfg_scale:g} needs a null class, which {self.model}, being "
+                    "unconditional, does not have; use 1"
+                )
+        elif self.num_classes is not None:
+            raise HarmonicaError(f"--num-classes: {self.model} takes prompts; drop it")
+
+    def _check_size(self) -> None:
+        """Refuse an image size that the model does not have."""
+        spec = MODELS[self.model]
+        if spec.sizes is not None and self.image_size not in (None, *spec.sizes):
+            raise HarmonicaError(
+                f"--image-size {self.image_size} is none of {self.model}; use one of "
+                f"{', '.join(map(str, spec.sizes))}"
+            )
         factor = MODELS[self.model].latent_factor
         if self.image_size is not None and self.image_size % factor:
             raise HarmonicaError(
@@ -257,7 +346,7 @@ class TrainConfig(BackboneConfig):
     )
 
     def __post_init__(self):
-        """Fill in what follows from other fields, so that a run records what it did."""
+        super().__post_init__()
         if self.l1 is None and self.target_speedup is None and self.target_cur is None:
             object.__setattr__(self, "target_cur", 0.5)
         if self.epochs is None and self.max_steps is None:
@@ -358,6 +447,15 @@ class ReplayConfig(BackboneConfig):
         low=0,
         high=1,
     )
+    predictor: str | None = option(
+        None,
+        "what stands in for a skipped branch; default: what the router was trained with, or the "
+        "last value",
+        choices=PREDICTORS,
+    )
+    coordinate: str = option(
+        "time", "what --predictor measures distances between steps in", choices=COORDINATES
+    )
     force: bool = option(False, "replay a router that was trained for another sampler")
 
 
@@ -419,13 +517,22 @@ class SampleConfig(ReplayConfig):
                 )
             if self.semantics != "harmonica" or self.force:
                 raise HarmonicaError("--semantics and --force read a router; name it with --path")
+            if self.method is None and self.predictor is not None:
+                raise HarmonicaError(
+                    "--predictor stands in for what is skipped; add --path or --method"
+                )
             if self.compare and self.method is None:
                 raise HarmonicaError("--compare needs a router or a method; add --path or --method")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(ReplayConfig):
-    """How good images are: files, or sampled with a router or without."""
+    """How good images are: files, or sampled with a router or without.
+
+    Prompts are what a model of text samples, image i of prompt i, and what the CLIP score is of.
+    """
+
+    READS_PROMPTS: ClassVar[bool] = True
 
     samples: Path | None = option(
         None, "images to judge: npz with arr_0 (N, H, W, 3) uint8, or a folder"
@@ -460,13 +567,12 @@ class EvaluateConfig(ReplayConfig):
         "npz or folder of uncached images of the same seeds, for PSNR, SSIM and LPIPS; default "
         "with --path: sampled too",
     )
-    prompts: Path | None = option(None, "text file, a prompt a line, for the CLIP score")
     clip_model: str = option(
         "openai/clip-vit-large-patch14", "CLIP of the Hub or a folder; its name is part of a score"
     )
     out: Path = option(Path("evaluation"), "folder for the report")
 
     def __post_init__(self):
-        """Fill in what follows from other fields, so that a run records what it did."""
+        super().__post_init__()
         if self.samples is None and self.num_images is None:
             object.__setattr__(self, "num_images", 5000)

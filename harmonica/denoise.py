@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmonica.samplers import Sampler, State
 from models.branch import Branch
-from models.dit import Conditioning
+from models.transformer import Condition, Conditioning, DiffusionTransformer
 
 # Conditioning that is kept at once: 256 MB in float32.
 CONDITIONING_NUMBERS = 2**26
@@ -46,13 +47,6 @@ def in_precision_of(model: nn.Module) -> AbstractContextManager[None]:
     dtype = precision_of(model)
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype, enabled=dtype != torch.float32)
-
-
-def with_null(y: Tensor, model: nn.Module, guidance: Guidance) -> Tensor:
-    """Labels (n,) of the model's rows (n * halves,): the unconditional half last."""
-    if guidance.halves == 1:
-        return y
-    return torch.cat([y, torch.full_like(y, model.config.num_classes)])
 
 
 def guide(output: Tensor, channels: int, guidance: Guidance) -> Tensor:
@@ -102,7 +96,7 @@ class Trajectories:
     """A batch of trajectories: everything a rollout needs apart from the branches.
 
     Attributes:
-        y: (n,) labels.
+        y: condition of the n samples: labels (n,), or prompts.
         x_T: (n, C, H, W) start noise.
         noise: s to the noise added after evaluation s; None for deterministic samplers.
         compares_all: whether ``output_error`` takes every row and channel, as published, or only
@@ -110,10 +104,10 @@ class Trajectories:
         indices: (n,) global sample indices, for messages about single samples.
     """
 
-    model: nn.Module
+    model: DiffusionTransformer
     sampler: Sampler
     guidance: Guidance
-    y: Tensor
+    y: Condition
     x_T: Tensor
     noise: Callable[[int], Tensor] | None = None
     compares_all: bool = True
@@ -139,15 +133,22 @@ class Trajectories:
         """The window of steps at hand, by its first step."""
         return {}
 
+    @cached_property
+    def _context(self) -> Any:
+        """Of the model's rows, the unconditional half last."""
+        y = self.y if self.guidance.halves == 1 else self.model.with_null(self.y)
+        with in_precision_of(self.model):
+            return self.model.context(y)
+
     def _condition(self, steps: range) -> list[Conditioning]:
-        y = with_null(self.y, self.model, self.guidance)
+        rows, device = len(self.y) * self.guidance.halves, self.x_T.device
         # Filled on the device: nothing is copied there while a CUDA graph is captured.
         times = [
-            torch.full(y.shape, float(self.sampler.timesteps[s]), device=y.device) for s in steps
+            torch.full((rows,), float(self.sampler.timesteps[s]), device=device) for s in steps
         ]
         with in_precision_of(self.model):
-            every = self.model.condition(torch.cat(times), y.repeat(len(steps)))
-        return [every.rows(slice(k * len(y), (k + 1) * len(y))) for k in range(len(steps))]
+            every = self.model.condition(torch.cat(times), self._context)
+        return [every.rows(slice(k * rows, (k + 1) * rows)) for k in range(len(steps))]
 
     def evaluate(
         self, forward: Callable[[Tensor, Conditioning], Tensor], s: int, x: Tensor

@@ -10,16 +10,16 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonica.block_reuse import BlockReplay
 from harmonica.denoise import Trajectories
 from harmonica.predictors import LAST
-from harmonica.replay_plan import Add, Compute, plan_replay
+from harmonica.replay_plan import Add, Compute, Join, plan_replay
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
-from models.dit import Conditioning
-from models.layers import Modulation, gated
+from models.layers import gated
+from models.transformer import Block, Conditioning, Part
 
 # Sums of so many cached values are compiled; longer ones are taken apart.
 ARITIES = (8, 4, 2, 1)
@@ -44,29 +44,34 @@ EAGER = Acceleration()
 
 
 def run_branches(
-    block: nn.Module, which: tuple[int, ...], x: Tensor, modulations: tuple[Modulation, ...]
+    block: Block, which: tuple[int, ...], x: Tensor, parts: tuple[Part, ...]
 ) -> tuple[Tensor, list[Tensor]]:
     """Some branches of a block: x (B, L, d) after them, and their values."""
     values = []
     for k in which:
-        values.append(block.updates[k](x, modulations[k]))
-        x = gated(x, modulations[k].gate, values[-1])
+        values.append(block.updates[k](x, parts[k]))
+        x = gated(x, parts[k].gate, values[-1])
     return x, values
 
 
-def add_gated(x: Tensor, gates: list[Tensor], values: list[Tensor]) -> Tensor:
-    """x + sum of gate * value, in this order."""
+def join(block: Block, x: Tensor, skip: Tensor) -> Tensor:
+    """The stream (B, L, d) with the output of an earlier block mixed in by a long skip."""
+    return block.join(x, skip)
+
+
+def add_gated(x: Tensor, gates: list[Tensor | None], values: list[Tensor]) -> Tensor:
+    """x + sum of gate * value, in this order; no gate is a gate of 1."""
     for gate, value in zip(gates, values, strict=True):
         x = gated(x, gate, value)
     return x
 
 
 def add_weighted(
-    x: Tensor, gates: list[Tensor], weights: list[Tensor], values: list[Tensor]
+    x: Tensor, gates: list[Tensor | None], weights: list[Tensor], values: list[Tensor]
 ) -> Tensor:
     """x + sum of gate * weight * value, in this order; weights are () or (d,)."""
     for gate, weight, value in zip(gates, weights, values, strict=True):
-        x = gated(x, gate * weight, value)
+        x = gated(x, weight if gate is None else gate * weight, value)
     return x
 
 
@@ -78,7 +83,7 @@ class Recipe:
         compute = np.ones((batch.num_steps, len(names)), dtype=bool)
         if schedule is not None:
             compute, predictor = schedule.compute, schedule.predictor
-        self.plan = plan_replay(compute, names, predictor.depth)
+        self.plan = plan_replay(compute, names, predictor.depth, batch.model.joins)
         self.is_weighted = predictor != LAST
         self._weights: dict[tuple[int, int], list[Tensor]] = {}
         operations = ((s, op) for s, step in enumerate(self.plan.steps) for op in step)
@@ -115,19 +120,27 @@ class PlannedReplay:
         return self.batch.evaluate(lambda rows, c: self._evaluate(s, rows, c), s, x)
 
     def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
-        model = self.batch.model
-        x = model.embed(x)
+        model, size = self.batch.model, x.shape[-2:]
+        blocks = model.blocks
+        skips: dict[int, Tensor] = {}
+        x = model.embed(x, conditioning)
         for operation in self.recipe.plan.steps[s]:
             if isinstance(operation, Compute):
-                x = self._compute(s, operation, x, conditioning)
-            else:
+                x = self._compute(s, operation, blocks[operation.block], x, conditioning)
+            elif isinstance(operation, Add):
                 x = self._add(s, operation, x, conditioning)
-        return model.head(x, conditioning)
+            elif isinstance(operation, Join):
+                run = _compiled(join) if self.compiles else join
+                x = run(blocks[operation.block], x, skips.pop(operation.source))
+            else:
+                skips[operation.block] = x
+        return model.head(x, conditioning, size)
 
-    def _compute(self, s: int, operation: Compute, x: Tensor, conditioning: Conditioning) -> Tensor:
+    def _compute(
+        self, s: int, operation: Compute, block: Block, x: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         run = _compiled(run_branches) if self.compiles else run_branches
         which = tuple(k for _, k, _ in operation.branches)
-        block = self.batch.model.blocks[operation.block]
         x, values = run(block, which, x, conditioning.blocks[operation.block])
         for (i, _, keeps), value in zip(operation.branches, values, strict=True):
             if keeps:
@@ -211,7 +224,7 @@ class Engine:
 
     def _run(self, batch: Trajectories) -> Tensor:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper
-        if self.schedule is not None and self.schedule.reuses == "blocks":
+        if self.schedule is not None and self.schedule.reuses != "branches":
             return batch.walk(State(batch.x_T), BlockReplay(batch, self.schedule)).x
         replay = PlannedReplay(batch, self._recipe_for(batch), self.how)
         return batch.walk(State(batch.x_T), replay.predict).x

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.transformer import DiffusionTransformer
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,16 @@ class Costs:
     Attributes:
         names: (N,) branch names, in the model's order.
         macs: (N,) of every branch.
-        rest: of everything that is never cached: embeddings, modulations, final layer.
+        rest: of everything outside of the branches: embeddings, modulations, long skip connections,
+            final layer. What is computed once a trajectory, like the projection of a caption, is
+            no part of it.
+        joins: of every block's end of a long skip connection; empty in models without any.
     """
 
     names: tuple[str, ...]
     macs: tuple[int, ...]
     rest: int
+    joins: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -37,28 +43,37 @@ class Costs:
         return [name.rpartition(".")[2] for name in self.names]
 
 
-def measure_costs(model: nn.Module) -> Costs:
+def measure_costs(model: DiffusionTransformer) -> Costs:
     """Count the branches of a model by running it once without computing anything."""
     config = model.config
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         shadow = type(model)(config)
+        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        stream = torch.empty(1, shadow.num_tokens, config.hidden_size)
+        time, context = torch.zeros(1), shadow.context(shadow.placeholder(1))
     macs = [0] * len(model.branch_names)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
 
+        def counted(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
+            before = counter.get_total_flops()
+            value = function()
+            return value, (counter.get_total_flops() - before) // 2
+
         def measured(i: int) -> Callable:
             def branch(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-                before = counter.get_total_flops()
-                value = fn(x)
-                macs[i] = (counter.get_total_flops() - before) // 2
+                value, macs[i] = counted(lambda: fn(x))
                 return value
 
             return branch
 
-        shadow(
-            torch.empty(1, config.in_channels, config.input_size, config.input_size, device="meta"),
-            torch.zeros(1, device="meta"),
-            torch.zeros(1, dtype=torch.long, device="meta"),
-            [measured(i) for i in range(len(macs))],
-        )
-        rest = counter.get_total_flops() // 2 - sum(macs)
-    return Costs(model.branch_names, tuple(macs), rest)
+        branches = [measured(i) for i in range(len(macs))]
+        _, total = counted(lambda: shadow.evaluate(x, shadow.condition(time, context), branches))
+        joins = ()
+        if shadow.joins:
+            joins = tuple(
+                counted(lambda block=block: block.join(stream, stream))[1]
+                if k in shadow.joins
+                else 0
+                for k, block in enumerate(shadow.blocks)
+            )
+    return Costs(model.branch_names, tuple(macs), total - sum(macs), joins)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from harmonica.backbone import load_encoder
+from harmonica.autoencoder import load_encoder
 from harmonica.baselines.learning_to_cache import LearningToCache
 from harmonica.batches import Batches
 from harmonica.cache import Masking

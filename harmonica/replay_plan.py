@@ -2,10 +2,13 @@
 
 A branch's value is kept only if a later step reads it, and dropped at its last reading. Reused
 branches that follow each other are added in one pass. Nothing of a block whose branches are all
-reused runs but that addition.
+reused runs but that addition, and what is outside of its branches: its end of a long skip
+connection.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -38,10 +41,28 @@ class Add:
 
 
 @dataclass(frozen=True)
-class ReplayPlan:
-    """Operations of every step, and the most values that are kept at once."""
+class Keep:
+    """Keep the stream as it is after a block, for the long skip that starts there."""
 
-    steps: tuple[tuple[Compute | Add, ...], ...]
+    block: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """Mix the output of an earlier block into the stream, before the branches of a block."""
+
+    block: int
+    source: int
+
+
+Operation = Compute | Add | Keep | Join
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Operations of every step, and the most values that are kept at once between steps."""
+
+    steps: tuple[tuple[Operation, ...], ...]
     peak_values: int
 
 
@@ -57,20 +78,29 @@ def sources(compute: np.ndarray, s: int, i: int, depth: int) -> tuple[int, ...]:
     return tuple(int(step) for step in np.flatnonzero(compute[:s, i])[: -depth - 1 : -1])
 
 
-def plan_replay(compute: np.ndarray, names: tuple[str, ...], depth: int = 1) -> ReplayPlan:
+def plan_replay(
+    compute: np.ndarray,
+    names: tuple[str, ...],
+    depth: int = 1,
+    joins: Mapping[int, int] = MappingProxyType({}),
+) -> ReplayPlan:
     """The plan of decisions (T, N) bool about branches with these names.
 
     Args:
         depth: how many values the predictor wants.
+        joins: long skip connections, block to the earlier block that it takes in.
     """
     places = places_of(names)
+    ends = {block: i for i, (block, _) in enumerate(places)}
     read = {(int(s), int(i)): sources(compute, s, i, depth) for s, i in np.argwhere(~compute)}
     # Steps ascend, so the last entry stands.
     last_reader = {(i, source): s for (s, i), steps in read.items() for source in steps}
     planned = []
     for s, row in enumerate(compute):
-        operations: list[Compute | Add] = []
+        operations: list[Operation] = []
         for i, (block, k) in enumerate(places):
+            if k == 0 and block in joins:
+                operations.append(Join(block, joins[block]))
             last = operations[-1] if operations else None
             if row[i] and isinstance(last, Compute) and last.block == block:
                 operations[-1] = Compute(block, (*last.branches, (i, k, (i, s) in last_reader)))
@@ -82,18 +112,20 @@ def plan_replay(compute: np.ndarray, names: tuple[str, ...], depth: int = 1) -> 
                 before = last if isinstance(last, Add) else Add((), ())
                 joined = Add((*before.branches, (i, block, k, steps)), (*before.dropped, *dropped))
                 operations[-1:] = [joined] if isinstance(last, Add) else [*operations[-1:], joined]
+            if i == ends[block] and block in joins.values():
+                operations.append(Keep(block))
         planned.append(tuple(operations))
     return ReplayPlan(tuple(planned), _peak(planned))
 
 
-def _peak(steps: list[tuple[Compute | Add, ...]]) -> int:
+def _peak(steps: list[tuple[Operation, ...]]) -> int:
     """Most values kept at once, walking the plan."""
     kept: set[tuple[int, int]] = set()
     peak = 0
     for s, operation in ((s, operation) for s, step in enumerate(steps) for operation in step):
         if isinstance(operation, Add):
             kept -= set(operation.dropped)
-        else:
+        elif isinstance(operation, Compute):
             kept |= {(i, s) for i, _, keeps in operation.branches if keeps}
         peak = max(peak, len(kept))
     return peak

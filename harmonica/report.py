@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from harmonica.backbone import Backbone, load_backbone, load_decoder, select_device
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import Backbone, load_backbone, select_device
 from harmonica.baselines import METHODS, Plan
 from harmonica.config import SampleConfig
 from harmonica.engine import Engine
@@ -21,29 +22,27 @@ from harmonica.options import plain
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.run_directory import check_output
-from harmonica.sampling import eight_bit, load_schedule, sample, trajectories
+from harmonica.sampling import eight_bit, load_schedule, sample, trajectories, with_predictor
 from harmonica.timing import Timing, timed
 
 REPORT = "report.json"
+DEFAULT_IMAGES = 16
 
 
 def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor | None]:
     """Number of images and their labels; None draws them from the seed."""
-    num_classes = backbone.model.config.num_classes
-    if config.classes is None:
+    known, chosen = backbone.conditions.count, config.classes
+    if chosen is None and config.names_prompts:
+        chosen = range(known)
+    if chosen is None:
         if config.num_images is not None:
             return config.num_images, None
-        count = min(num_classes, 16)
-        return count, torch.arange(count)
-    wrong = [label for label in config.classes if not 0 <= label < num_classes]
+        chosen = range(min(known, DEFAULT_IMAGES))
+    wrong = [label for label in chosen if not 0 <= label < known]
     if wrong:
-        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {num_classes - 1}")
-    labels = torch.tensor(config.classes)
-    if config.num_images is None:
-        return len(labels), labels
-    return config.num_images, labels.repeat(-(-config.num_images // len(labels)))[
-        : config.num_images
-    ]
+        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {known - 1}")
+    count = len(chosen) if config.num_images is None else config.num_images
+    return count, torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
 
 def save_images(folder: Path, images: Tensor) -> None:
@@ -66,13 +65,18 @@ def _remove_pictures(out: Path) -> None:
 def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | None:
     """How to sample faster, and what to call it; None if nothing says so."""
     if config.method is not None:
-        return config.method, METHODS[config.method](backbone, config.budget, config.seed)
-    if config.path is not None:
+        name, plan = config.method, METHODS[config.method](backbone, config.budget, config.seed)
+    elif config.path is not None:
         schedule = load_schedule(
             config.path, config.threshold, backbone, config.semantics, force=config.force
         )
-        return "router", Plan(backbone, schedule)
-    return None
+        name, plan = "router", Plan(backbone, schedule)
+    else:
+        return None
+    if plan.schedule is None:
+        return name, plan
+    schedule = with_predictor(plan.schedule, config.predictor, config.coordinate, plan.backbone)
+    return name, replace(plan, schedule=schedule)
 
 
 def sample_and_report(config: SampleConfig) -> str:
@@ -167,6 +171,7 @@ def _table(
         lines.append(f"{'setting':38} {plan.setting}")
     if plan is not None and plan.schedule is not None:
         lines.append(f"{'cache-utilisation ratio (CUR)':38} {plan.schedule.cur:.1%}")
+        lines.append(f"{'in place of what is skipped':38} {plan.schedule.predictor.name}")
     if plan is not None:
         lines.append(f"{'theoretical speed-up (MACs)':38} {plan.speedup_over(uncached):.2f}x")
     if len(times) == 2:

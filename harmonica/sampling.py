@@ -1,6 +1,7 @@
 """Sampling from a backbone, plainly or by replaying a schedule."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import existing_file
+from harmonica.predictors import create_predictor
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.schedule import Schedule
@@ -22,8 +24,8 @@ def load_schedule(
     threshold: float | None,
     backbone: Backbone,
     semantics: str = "harmonica",
-    flag: str = "--path",
     force: bool = False,
+    flag: str = "--path",
 ) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
 
@@ -54,18 +56,40 @@ def load_schedule(
     return router.to_schedule(backbone.costs, threshold, semantics)
 
 
+def with_predictor(
+    schedule: Schedule, name: str | None, coordinate: str, backbone: Backbone
+) -> Schedule:
+    """The schedule with a predictor of ``PREDICTORS`` in place of its own; None keeps that.
+
+    Raises:
+        HarmonicaError: the schedule reuses differences of whole blocks.
+    """
+    if name is None:
+        return schedule
+    if schedule.reuses != "branches":
+        raise HarmonicaError(
+            f"--predictor {name} forecasts branches, which this method does not reuse; drop it"
+        )
+    predictor = create_predictor(name, coordinate, backbone.sampler)
+    return replace(schedule, predictor=predictor)
+
+
 def trajectories(
     backbone: Backbone, draws: Draws, indices: Sequence[int], labels: Tensor | None = None
 ) -> Trajectories:
-    """The batch of samples with these indices; labels are drawn unless given, (n,) int64."""
+    """The batch of samples with these indices.
+
+    Args:
+        labels: (n,) int64 classes, or places in the list of prompts; drawn if None.
+    """
     shape, device = backbone.latent_shape, backbone.device
     if labels is None:
-        labels = draws.labels(indices, backbone.model.config.num_classes)
+        labels = draws.labels(indices, backbone.conditions.count)
     return Trajectories(
         backbone.model,
         backbone.sampler,
         backbone.guidance,
-        y=labels.to(device),
+        y=backbone.conditions.of(labels).to(device),
         x_T=draws.initial_noise(indices, shape).to(device),
         noise=lambda s: draws.step_noise(s, indices, shape).to(device),
         indices=indices,

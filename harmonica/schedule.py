@@ -18,9 +18,9 @@ from harmonica.flops import Costs
 from harmonica.predictors import LAST, Predictor, from_dict, to_dict
 
 FORMAT = 1
-# What a reused branch takes: its own last value, or, for a stretch of blocks that is reused whole,
-# the difference that the stretch made when it was last computed.
-REUSES = ("branches", "blocks")
+# What stands in for what is not computed: what the predictor makes of a branch's values; or, for a
+# stretch of blocks that is reused whole, the difference that it made to its input, or its output.
+REUSES = ("branches", "blocks", "outputs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,19 @@ class Schedule:
     def macs(self) -> int:
         """Multiply-accumulates of one row over the whole trajectory."""
         branches = self.compute.astype(np.int64) @ np.array(self.costs.macs, dtype=np.int64)
-        return int(branches.sum()) + self.num_steps * self.costs.rest
+        macs = int(branches.sum()) + self.num_steps * self.costs.rest
+        if self.reuses != "branches" and self.costs.joins:
+            # Of a block that is reused whole, the end of a long skip does not run either.
+            joins = np.array(self.costs.joins, dtype=np.int64)
+            macs -= int(((~self.block_compute).astype(np.int64) @ joins).sum())
+        return macs
+
+    @property
+    def block_compute(self) -> np.ndarray:
+        """(T, blocks) bool: whether any branch of a block is computed."""
+        blocks = self.costs.blocks
+        members = [[b == block for b in blocks] for block in dict.fromkeys(blocks)]
+        return np.stack([self.compute[:, member].any(axis=1) for member in members], axis=1)
 
     @property
     def theoretical_speedup(self) -> float:
@@ -111,6 +123,7 @@ class Schedule:
             "branch_names": list(self.costs.names),
             "branch_macs": list(self.costs.macs),
             "other_macs": self.costs.rest,
+            **({"join_macs": list(self.costs.joins)} if self.costs.joins else {}),
             "reuses": self.reuses,
             "predictor": to_dict(self.predictor),
             "compute": ["".join("01"[int(c)] for c in row) for row in self.compute],
@@ -131,9 +144,12 @@ class Schedule:
                 tuple(str(name) for name in content["branch_names"]),
                 tuple(int(macs) for macs in content["branch_macs"]),
                 int(content["other_macs"]),
+                tuple(int(macs) for macs in content.get("join_macs", ())),
             )
             if len(costs.macs) != len(costs.names):
                 raise ValueError("branch names and MACs differ in number")
+            if costs.joins and len(costs.joins) != len(set(costs.blocks)):
+                raise ValueError("blocks and MACs of their skip connections differ in number")
             if any(set(row) - {"0", "1"} for row in content["compute"]):
                 raise ValueError("rows must consist of 0 and 1")
             table = [[c == "1" for c in row] for row in content["compute"]]

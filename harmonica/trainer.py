@@ -10,7 +10,8 @@ from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
 from harmonica import __version__
-from harmonica.backbone import load_backbone, load_decoder
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import load_backbone
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
 from harmonica.consensus import Consensus

@@ -1,20 +1,17 @@
-"""Registry of models: name -> shapes, latent space, where weights come from."""
+"""Registry of models: name -> constructor, latent space, text encoder, defaults, weights."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from models.dit import DiT, DiTConfig
+from models.pixart import PixArt, PixArtConfig
+from models.transformer import DiffusionTransformer
+from models.uvit import UViT, UViTConfig
 
 BUNDLED_WEIGHTS = Path(__file__).parent / "weights" / "dit_ti4_cifar10.safetensors"
-
-_SIZES = {
-    # name: hidden size, depth, heads
-    "Ti": (192, 12, 3),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
+HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -37,67 +34,215 @@ class WeightSource:
 
 
 @dataclass(frozen=True)
+class HubFolder:
+    """Part of a repository on the Hub, in the layout of diffusers."""
+
+    repository: str
+    subfolder: str = ""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a model denoises.
+
+    Attributes:
+        factor: image pixels per latent pixel; 1 means that the model works in pixel space.
+        scale: what latents of the autoencoder are multiplied by.
+        autoencoders: names of ``--vae`` and where they are; the first is the default.
+    """
+
+    factor: int
+    scale: float = 1.0
+    autoencoders: Mapping[str, HubFolder] = field(default_factory=dict)
+
+
+PIXELS = LatentSpace(1)
+STABLE_DIFFUSION = LatentSpace(
+    8,
+    0.18215,
+    {
+        "ema": HubFolder("stabilityai/sd-vae-ft-ema"),
+        "mse": HubFolder("stabilityai/sd-vae-ft-mse"),
+    },
+)
+_SIGMA_PARTS = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+SDXL = LatentSpace(8, 0.13025, {"sdxl": HubFolder(_SIGMA_PARTS, "vae")})
+# T5 v1.1 XXL, the same for alpha and Sigma.
+T5 = _SIGMA_PARTS
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """What a model name stands for.
 
     Attributes:
         config: shapes at the default image size and class count.
         image_size: default side in pixels.
-        latent_factor: image pixels per latent pixel; 1 means that the model works in pixel space.
         weights: image size -> published weights; a Path is a file in this repository.
+        sizes: image sizes that there are, and what of the shapes differs there; None: any.
+        sampler, num_steps, guidance: what is sampled with by default.
+        guided_channels: latent channels that are guided; None: all.
+        noise_schedule: what the model was trained on.
+        text_encoder: pipeline on the Hub with the encoder of its prompts; None: it takes classes.
     """
 
     name: str
-    config: DiTConfig
+    constructor: type[DiffusionTransformer]
+    config: Any
     image_size: int
-    latent_factor: int
-    weights: dict[int, WeightSource | Path]
+    latent: LatentSpace
+    weights: Mapping[int, WeightSource | Path]
+    sizes: Mapping[int, Mapping[str, Any]] | None = None
+    sampler: str = "ddim"
+    num_steps: int = 20
+    guidance: float = 1.5
+    guided_channels: int | None = None
+    noise_schedule: str = "linear"
+    text_encoder: str | None = None
+
+    @property
+    def latent_factor(self) -> int:
+        return self.latent.factor
 
 
-def _published(size: int) -> WeightSource:
+def _dit_weights(size: int) -> WeightSource:
     file = f"DiT-XL-2-{size}x{size}.pt"
     return WeightSource(
         file,
         (
             f"https://dl.fbaipublicfiles.com/DiT/models/{file}",
-            f"https://huggingface.co/facebook/DiT-XL-2-{size}/resolve/main/transformer/"
-            "diffusion_pytorch_model.bin",
+            f"{HUB}/facebook/DiT-XL-2-{size}/resolve/main/transformer/diffusion_pytorch_model.bin",
         ),
         size=2_600_000_000,
         arguments=f"DiT-XL/2 --image-size {size}",
     )
 
 
-def _registry() -> dict[str, ModelSpec]:
+_DIT_SIZES = {
+    # name: hidden size, depth, heads
+    "Ti": (192, 12, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+def _dits() -> dict[str, ModelSpec]:
     specs = {}
-    for size, (hidden, depth, heads) in _SIZES.items():
+    for size, (hidden, depth, heads) in _DIT_SIZES.items():
         for patch in (2, 4, 8):
             name = f"DiT-{size}/{patch}"
             config = DiTConfig(hidden, depth, heads, patch)
-            weights = {256: _published(256), 512: _published(512)} if name == "DiT-XL/2" else {}
-            specs[name] = ModelSpec(name, config, 256, 8, weights)
+            weights = {px: _dit_weights(px) for px in (256, 512)} if name == "DiT-XL/2" else {}
+            # DiT guides three of the four latent channels; kept so that published FIDs are
+            # reproduced.
+            specs[name] = ModelSpec(
+                name, DiT, config, 256, STABLE_DIFFUSION, weights, guided_channels=3
+            )
     # The bundled backbone works on CIFAR-10 pixels.
     tiny = replace(specs["DiT-Ti/4"].config, in_channels=3, num_classes=10)
-    specs["DiT-Ti/4"] = ModelSpec("DiT-Ti/4", tiny, 32, 1, {32: BUNDLED_WEIGHTS})
+    specs["DiT-Ti/4"] = replace(
+        specs["DiT-Ti/4"], config=tiny, image_size=32, latent=PIXELS, weights={32: BUNDLED_WEIGHTS}
+    )
     return specs
 
 
-MODELS = _registry()
+def _uvit(
+    name: str, config: UViTConfig, image_size: int, file: str, key: str, size: int, **rest: Any
+) -> ModelSpec:
+    """A published U-ViT; ``key`` is that of its file on Google Drive."""
+    address = f"https://drive.usercontent.google.com/download?id={key}&export=download&confirm=t"
+    weights = {image_size: WeightSource(file, (address,), size, name)}
+    factor = image_size // config.input_size
+    latent = PIXELS if factor == 1 else STABLE_DIFFUSION
+    fields = {"sizes": {image_size: {}}, "sampler": "dpm-solver", **rest}
+    return ModelSpec(name, UViT, config, image_size, latent, weights, **fields)
+
+
+def _uvits() -> list[ModelSpec]:
+    """U-ViT's guidance 0.4 is 1.4 here: it counts from the conditional output, not from the null.
+
+    H was trained on Stable Diffusion's noise schedule, L and S on the linear one in continuous
+    time.
+    """
+    return [
+        _uvit(
+            "U-ViT-H/2", UViTConfig(1152, 28, 16, 2), 256, "imagenet256_uvit_huge.pth",
+            "13StUdrjaaSXjfqqF7M47BzPyhMAArQ4u", 1_900_000_000, guidance=1.4,
+            noise_schedule="u-vit",
+        ),
+        _uvit(
+            "U-ViT-H/4", UViTConfig(1152, 28, 16, 4, input_size=64), 512,
+            "imagenet512_uvit_huge.pth", "1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", 1_900_000_000,
+            guidance=1.7, noise_schedule="u-vit",
+        ),
+        _uvit(
+            "U-ViT-L/2", UViTConfig(1024, 20, 16, 2, has_conv=True), 256,
+            "imagenet256_uvit_large.pth", "1w7T1hiwKODgkYyMH9Nc9JNUThbxFZgs3", 1_100_000_000,
+            guidance=1.4, sampler="dpm-solver++",
+        ),
+        _uvit(
+            "U-ViT-S/2",
+            UViTConfig(512, 12, 8, 2, in_channels=3, num_classes=0, has_conv=True), 32,
+            "cifar10_uvit_small.pth", "1yoYyuzR_hQYWU0mkTj659tMTnoCWCMv-", 170_000_000,
+            guidance=1.0, sampler="dpm-solver++",
+        ),
+    ]  # fmt: skip
+
+
+def _pixart(name: str, files: Mapping[int, tuple[str, str]], **fields: Any) -> ModelSpec:
+    """A PixArt; ``files`` is image size to (repository of the originals, name of the weights)."""
+    weights = {
+        size: WeightSource(
+            f"{file}.safetensors",
+            (
+                f"{HUB}/PixArt-alpha/{file}/resolve/main/transformer/"
+                "diffusion_pytorch_model.safetensors",
+                f"{HUB}/PixArt-alpha/{repository}/resolve/main/{file}.pth",
+            ),
+            size=1_200_000_000,
+            arguments=f"{name} --image-size {size}",
+        )
+        for size, (repository, file) in files.items()
+    }
+    shared = {"sampler": "dpm-solver++", "guidance": 4.5, "text_encoder": T5}
+    return ModelSpec(name, PixArt, image_size=256, weights=weights, **shared, **fields)
+
+
+def _pixarts() -> list[ModelSpec]:
+    alpha = {256: "256x256", 512: "512x512", 1024: "1024-MS"}
+    sigma = {256: "256x256", 512: "512-MS", 1024: "1024-MS", 2048: "2K-MS"}
+    return [
+        _pixart(
+            "PixArt-alpha-XL/2",
+            {size: ("PixArt-alpha", f"PixArt-XL-2-{end}") for size, end in alpha.items()},
+            config=PixArtConfig(),
+            latent=STABLE_DIFFUSION,
+            sizes={256: {}, 512: {}, 1024: {"interpolation": 2.0, "has_micro_conditions": True}},
+        ),
+        _pixart(
+            "PixArt-Sigma-XL/2",
+            {size: ("PixArt-Sigma", f"PixArt-Sigma-XL-2-{end}") for size, end in sigma.items()},
+            config=PixArtConfig(max_tokens=300, interpolation=0.5),
+            latent=SDXL,
+            sizes={size: {"interpolation": size / 512} for size in sigma},
+        ),
+    ]
+
+
+MODELS = _dits() | {spec.name: spec for spec in (*_uvits(), *_pixarts())}
 
 
 def create_model(
-    name: str,
-    *,
-    image_size: int | None = None,
-    in_channels: int | None = None,
-    num_classes: int | None = None,
-    learn_sigma: bool = True,
-) -> DiT:
+    name: str, *, image_size: int | None = None, **changes: Any
+) -> DiffusionTransformer:
     """A freshly initialised model of the zoo.
 
     Args:
         name: a key of ``MODELS``.
         image_size: side in pixels; must be a multiple of the latent factor.
+        changes: fields of the model's config, such as ``num_classes``; None leaves one as it is.
 
     Raises:
         KeyError: unknown name.
@@ -109,12 +254,9 @@ def create_model(
         raise ValueError(
             f"image size {size} is not a multiple of the latent factor {spec.latent_factor}"
         )
-    return DiT(
-        replace(
-            spec.config,
-            input_size=size // spec.latent_factor,
-            in_channels=spec.config.in_channels if in_channels is None else in_channels,
-            num_classes=spec.config.num_classes if num_classes is None else num_classes,
-            learn_sigma=learn_sigma,
-        )
-    )
+    if spec.sizes is not None and size not in spec.sizes:
+        raise ValueError(f"image size {size} is not one of {', '.join(map(str, spec.sizes))}")
+    of_size = {} if spec.sizes is None else spec.sizes[size]
+    given = {field: value for field, value in changes.items() if value is not None}
+    config = replace(spec.config, input_size=size // spec.latent_factor, **of_size, **given)
+    return spec.constructor(config)

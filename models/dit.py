@@ -1,15 +1,14 @@
 """DiT (Peebles & Xie, 2023): the one definition behind plain, training and replay forwards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from models.branch import Branch, compute
+from models.branch import Branch
 from models.layers import (
     FinalLayer,
     LabelEmbedder,
@@ -18,7 +17,9 @@ from models.layers import (
     gated,
     modulate,
     sincos_position_embedding,
+    unpatchify,
 )
+from models.transformer import ClassConditional, Conditioning
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,7 @@ class DiTBlock(nn.Module):
         return x
 
 
-class Conditioning(NamedTuple):
-    """Everything in a forward that does not depend on x: of every block, and of the final layer."""
-
-    blocks: tuple[tuple[Modulation, Modulation], ...]
-    final: tuple[Tensor, Tensor]
-
-    def rows(self, part: slice) -> "Conditioning":
-        """Of some rows of the batch."""
-        return Conditioning(
-            tuple(
-                tuple(Modulation(*(value[part] for value in modulation)) for modulation in block)
-                for block in self.blocks
-            ),
-            tuple(value[part] for value in self.final),
-        )
-
-
-class DiT(nn.Module):
+class DiT(ClassConditional):
     """Class-conditional diffusion transformer with a branch handed in for every residual update."""
 
     def __init__(self, config: DiTConfig):
@@ -119,24 +103,16 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config.input_size, config.patch_size, config.in_channels, d)
         self.t_embedder = TimestepEmbedder(d)
         self.y_embedder = LabelEmbedder(config.num_classes, d)
-        grid = config.input_size // config.patch_size
+        grid = torch.arange(config.input_size // config.patch_size, dtype=torch.float64)
         self.pos_embed = nn.Parameter(
-            sincos_position_embedding(d, grid).unsqueeze(0), requires_grad=False
+            sincos_position_embedding(d, grid, grid).unsqueeze(0), requires_grad=False
         )
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(d, config.patch_size, config.out_channels)
         self.initialize_weights()
 
     @property
-    def branch_names(self) -> tuple[str, ...]:
-        """Names of the branches in the order in which ``forward`` takes them."""
-        return tuple(
-            f"blocks.{i}.{name}" for i in range(self.config.depth) for name in DiTBlock.branch_names
-        )
-
-    @property
     def conditioning_size(self) -> int:
-        """Numbers per row of a Conditioning."""
         return (6 * self.config.depth + 2) * self.config.hidden_size
 
     def initialize_weights(self) -> None:
@@ -156,56 +132,24 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, L, p*p*C) to (B, C, H, W)."""
-        p, channels = self.config.patch_size, self.config.out_channels
-        grid = self.config.input_size // p
-        patches = patches.reshape(-1, grid, grid, p, p, channels)
-        return torch.einsum("bhwpqc->bchpwq", patches).reshape(-1, channels, grid * p, grid * p)
+    def under_published_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        is_diffusers = "proj_out_2.weight" in state
+        return from_diffusers(state, self.pos_embed) if is_diffusers else state
 
-    def condition(self, t: Tensor, y: Tensor) -> Conditioning:
-        """Modulations for timesteps (B,) on the training scale and labels (B,)."""
-        c = self.t_embedder(t) + self.y_embedder(y)
+    def context(self, y: Tensor) -> Tensor:
+        """Embedded labels (B, d) of labels (B,)."""
+        return self.y_embedder(y)
+
+    def condition(self, t: Tensor, context: Tensor) -> Conditioning:
+        c = self.t_embedder(t) + context.repeat(len(t) // len(context), 1)
         blocks = tuple(block.modulations(c) for block in self.blocks)
         return Conditioning(blocks, self.final_layer.modulation(c))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Latents (B, C, H, W) to tokens (B, L, d)."""
+    def embed(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         return self.x_embedder(x) + self.pos_embed
 
-    def head(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """Tokens (B, L, d) to the output (B, out_channels, H, W)."""
-        return self.unpatchify(self.final_layer(x, *conditioning.final))
-
-    def evaluate(
-        self, x: Tensor, conditioning: Conditioning, branches: Sequence[Branch] | None = None
-    ) -> Tensor:
-        """One model evaluation where the conditioning is known already; see ``forward``."""
-        if branches is None:
-            branches = [compute] * len(self.branch_names)
-        x = self.embed(x)
-        pairs = zip(branches[::2], branches[1::2], strict=True)
-        for block, modulations, (attn, mlp) in zip(
-            self.blocks, conditioning.blocks, pairs, strict=True
-        ):
-            x = block(x, modulations, attn, mlp)
-        return self.head(x, conditioning)
-
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, branches: Sequence[Branch] | None = None
-    ) -> Tensor:
-        """One model evaluation.
-
-        Args:
-            x: (B, C, H, W) latents.
-            t: (B,) timesteps on the training scale [0, 1000).
-            y: (B,) labels; ``num_classes`` is the null class.
-            branches: one Branch per entry of ``branch_names``; None computes everything.
-
-        Returns:
-            (B, out_channels, H, W): noise and, with ``learn_sigma``, the variance channels.
-        """
-        return self.evaluate(x, self.condition(t, y), branches)
+    def head(self, x: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Tensor:
+        return unpatchify(self.final_layer(x, *conditioning.ends), self.config.patch_size, size)
 
 
 def from_diffusers(state: dict[str, Tensor], pos_embed: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,10 @@ class Modulation(NamedTuple):
     scale: Tensor
     gate: Tensor
 
+    def rows(self, part: slice) -> "Modulation":
+        """Of some rows of the timesteps."""
+        return Modulation(*(value[part] for value in self))
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN modulation: x (B, L, d), shift and scale (B, 1, d)."""
@@ -38,25 +42,43 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def sincos_position_embedding(dim: int, grid_size: int) -> Tensor:
-    """Fixed 2-D position embedding of a square token grid (He et al., 2022), (grid_size**2, dim).
+def _sincos(positions: Tensor, dim: int) -> Tensor:
+    """Sines, then cosines of positions (n,), (n, dim)."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+    omega = 1.0 / 10000**steps
+    angles = positions[:, None] * omega[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    The first half of the channels encodes the column, the second the row; each half holds sines,
-    then cosines. Computed in float64, returned in float32.
+
+def sincos_position_embedding(dim: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Fixed 2-D position embedding of a token grid (He et al., 2022), (h * w, dim) float32.
+
+    The first half of the channels encodes the column, the second the row.
+
+    Args:
+        rows: (h,) positions, float64.
+        columns: (w,) likewise.
     """
-    quarter = dim // 4
-    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    position = torch.arange(grid_size, dtype=torch.float64)
-    angles = position[:, None] * omega[None]
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
-    columns = axis[None, :, :].expand(grid_size, -1, -1)
-    rows = axis[:, None, :].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(grid_size**2, dim).float()
+    across = _sincos(columns, dim // 2)[None].expand(len(rows), -1, -1)
+    down = _sincos(rows, dim // 2)[:, None].expand(-1, len(columns), -1)
+    return torch.cat([across, down], dim=-1).flatten(0, 1).float()
 
 
-def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """The residual sum ``x + gate * update`` in one pass: x, update (B, L, d), gate (B, 1, d)."""
-    return torch.addcmul(x, gate, update)
+def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
+    """(B, L, p * p * C), channels varying fastest, to (B, C, H, W) of this size."""
+    p, (height, width) = patch_size, size
+    patches = patches.unflatten(1, (height // p, width // p)).unflatten(3, (p, p, -1))
+    # (B, h, w, p, p, C)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
+
+
+def gated(x: Tensor, gate: Tensor | None, update: Tensor) -> Tensor:
+    """The residual sum ``x + gate * update`` in one pass: x, update (B, L, d), gate (B, 1, d).
+
+    Without a gate the update is added as it is.
+    """
+    return x + update if gate is None else torch.addcmul(x, gate, update)
 
 
 class TimestepEmbedder(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from harmonica.backbone import load_backbone, load_weights
+from harmonica.backbone import load_backbone
 from harmonica.config import BackboneConfig
 from harmonica.diffusion import TRAIN_STEPS, Diffusion
 from harmonica.errors import HarmonicaError, run_command
@@ -36,6 +36,7 @@ from harmonica.options import CommandParser, flag_of
 from harmonica.plots import image_grid
 from harmonica.randomness import Draws
 from harmonica.sampling import sample
+from harmonica.weights import load_weights
 from models import MODELS
 from models.dit import DiT
 

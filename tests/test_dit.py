@@ -20,8 +20,8 @@ def test_xl2_has_exactly_the_published_tensors(size):
     assert {name: list(value.shape) for name, value in model.state_dict().items()} == published
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_every_model_of_the_zoo_runs(name):
+@pytest.mark.parametrize("name", sorted(name for name in MODELS if name.startswith("DiT")))
+def test_every_size_runs(name):
     with torch.device("meta"):
         model = create_model(name, num_classes=3, in_channels=2)
         side = model.config.input_size

@@ -10,9 +10,9 @@ import torch
 from conftest import Golden
 from safetensors.torch import save_file
 
-from harmonica.backbone import load_weights
 from harmonica.downloads import fetch, state, verify
 from harmonica.errors import HarmonicaError
+from harmonica.weights import load_weights
 from models import WeightSource
 from models.dit import DiT, DiTConfig
 

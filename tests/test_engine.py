@@ -195,7 +195,8 @@ def test_adding_in_groups_is_adding_one_by_one():
 def test_running_some_branches_gives_their_values(golden_b: Golden):
     batch = golden_b.trajectories()
     modulations, block = batch.conditioning(0).blocks[0], golden_b.model.blocks[0]
-    x = golden_b.model.embed(torch.cat([batch.x_T] * batch.guidance.halves))
+    rows = torch.cat([batch.x_T] * batch.guidance.halves)
+    x = golden_b.model.embed(rows, batch.conditioning(0))
     after, (value,) = run_branches(block, (1,), x, modulations)
     assert torch.equal(value, block.mlp_update(x, modulations[1]))
     assert relative(after, x + modulations[1].gate * value) < 1e-6

@@ -17,6 +17,7 @@ from conftest import ROOT, free_port, load_golden, relative, run_command
 from harmonica.backbone import Backbone
 from harmonica.batches import Batches, samples_per_process
 from harmonica.cache import Blend, Cache, replay_branches
+from harmonica.conditions import Classes
 from harmonica.config import TrainConfig
 from harmonica.consensus import Consensus
 from harmonica.denoise import Guidance
@@ -254,7 +255,15 @@ def test_a_seed_gives_its_image_whatever_the_batch(sampler, tmp_path):
 def test_a_router_trains_and_replays_with_every_sampler(kind, sampler, tmp_path):
     golden = load_golden("a")
     backbone = Backbone(
-        "tiny", golden.model, create_sampler(sampler, 4), Guidance(1.5), 8, "", golden.costs, CPU
+        name="tiny",
+        model=golden.model,
+        conditions=Classes(golden.model.config.num_classes),
+        sampler=create_sampler(sampler, 4),
+        guidance=Guidance(1.5),
+        image_size=8,
+        weights_hash="",
+        costs=golden.costs,
+        device=CPU,
     )
     config = TrainConfig(
         sampler=sampler, num_sampling_steps=4, global_batch_size=4, held_out_batch_size=4,

@@ -100,7 +100,7 @@ class LearningToCache(TrainingMethod):
         bar = backbone.sampler.alphas_bar[s]
         noise = draws.initial_noise(indices, backbone.latent_shape).to(x0.device)
         unlabelled = draws.integers("unlabelled", indices, round(1 / LABEL_DROPOUT)) == 0
-        y = torch.where(unlabelled, backbone.model.config.num_classes, labels)
+        y = torch.where(unlabelled, backbone.model.null_label, labels)
         return Trajectories(
             backbone.model,
             backbone.sampler,

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from harmonica.backbone import Backbone
+from harmonica.conditions import PromptList
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import Batch
@@ -17,7 +19,7 @@ from harmonica.schedule import Schedule
 
 @dataclass(frozen=True)
 class SampledImages:
-    """The images of ``count`` seeds, with labels drawn from them.
+    """The images of ``count`` seeds, with classes drawn from them, or of prompts in their order.
 
     Attributes:
         schedule: None computes everything.
@@ -40,6 +42,12 @@ class SampledImages:
     def size(self) -> tuple[int, int]:
         return (self.backbone.image_size, self.backbone.image_size)
 
+    def labels(self, indices: range) -> Tensor | None:
+        """Image i is of prompt i; None draws classes."""
+        if isinstance(self.backbone.conditions, PromptList):
+            return torch.tensor(indices) % self.backbone.conditions.count
+        return None
+
     def __len__(self) -> int:
         return self.count
 
@@ -55,6 +63,7 @@ class SampledImages:
             self.schedule,
             draws,
             indices,
+            self.labels(indices),
             batch_size=max(1, len(indices)),
             engine=self._engine,
         )

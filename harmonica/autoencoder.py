@@ -1,0 +1,81 @@
+"""Latents to images and back: the autoencoders of latent models, through diffusers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica.config import BackboneConfig
+from harmonica.errors import HarmonicaError
+from models import MODELS, PIXELS, HubFolder
+
+# Sides in latent pixels above which an image is decoded in overlapping tiles: 1024 pixels.
+LARGEST_WHOLE = 128
+
+
+def _source(config: BackboneConfig) -> HubFolder:
+    """Where the autoencoder of the configuration is: a name of the model's family, or a folder."""
+    named = MODELS[config.model].latent.autoencoders
+    if config.vae in named:
+        return named[config.vae]
+    # The folder of a whole pipeline has it in a subfolder.
+    subfolder = "vae" if (Path(config.vae) / "vae").is_dir() else ""
+    return HubFolder(config.vae, subfolder)
+
+
+def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
+    """The AutoencoderKL of the configuration.
+
+    Raises:
+        HarmonicaError: it cannot be loaded.
+    """
+    from diffusers import AutoencoderKL  # heavy, and only latent models need it
+
+    source = _source(config)
+    try:
+        loaded = AutoencoderKL.from_pretrained(source.repository, subfolder=source.subfolder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise HarmonicaError(
+            f"--vae {config.vae}: {source.repository} cannot be loaded ({reason}); connect to the "
+            "internet once, or pass the path of a downloaded copy"
+        ) from None
+    return loaded.to(device).eval()
+
+
+def load_decoder(config: BackboneConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Latents (n, C, h, w) to images (n, 3, H, W) in [0, 1], on the CPU.
+
+    Pixel-space models need none; others use their autoencoder, an image at a time, and large ones
+    in tiles.
+    """
+    space = MODELS[config.model].latent
+    if space is PIXELS:
+        return lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()
+    vae = load_autoencoder(config, device)
+
+    @torch.inference_mode()
+    def decode(x: Tensor) -> Tensor:
+        if max(x.shape[-2:]) > LARGEST_WHOLE:
+            vae.enable_tiling()
+        latents = (x / space.scale).float().to(device)
+        images = [((vae.decode(one[None]).sample + 1) / 2).clamp(0, 1).cpu() for one in latents]
+        return torch.cat(images).float()
+
+    return decode
+
+
+def load_encoder(config: BackboneConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Images (n, 3, H, W) in [-1, 1] to latents (n, C, h, w), on the device."""
+    space = MODELS[config.model].latent
+    if space is PIXELS:
+        return lambda images: images.to(device)
+    vae = load_autoencoder(config, device)
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        return vae.encode(images.to(device)).latent_dist.mode() * space.scale
+
+    return encode

@@ -1,0 +1,119 @@
+"""What samples are of: the classes of a model, or a list of prompts.
+
+Either way a sample has a label (a class, or a place in the list), drawn from its seed or chosen,
+and the model gets what the label stands for.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from harmonica.config import BackboneConfig
+from harmonica.errors import HarmonicaError
+from harmonica.files import is_safetensors
+from harmonica.prompts import (
+    BUNDLED_PROMPTS,
+    EncodedPrompts,
+    encode_prompts,
+    load_prompts,
+    read_prompts,
+)
+from models import MODELS
+from models.prompts import Prompts
+from models.transformer import Condition, DiffusionTransformer
+
+
+class Conditions(Protocol):
+    """Labels and what they stand for.
+
+    Attributes:
+        count: labels are 0 to count - 1.
+    """
+
+    count: int
+
+    def of(self, labels: Tensor) -> Condition:
+        """What the model takes for labels (n,), on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a model; an unconditional one has a single class, which it does not see."""
+
+    count: int
+
+    def of(self, labels: Tensor) -> Tensor:
+        return labels
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Encoded prompts.
+
+    Attributes:
+        size: height and width of the images in pixels.
+    """
+
+    encoded: EncodedPrompts
+    size: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        return len(self.encoded.texts)
+
+    def of(self, labels: Tensor) -> Prompts:
+        return Prompts(
+            self.encoded.embeddings[labels],
+            self.encoded.mask[labels],
+            self.encoded.null_embedding[None],
+            self.encoded.null_mask[None],
+            torch.tensor([self.size], dtype=torch.float32).repeat(len(labels), 1),
+        )
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """Some prompt, where only speed matters."""
+
+    model: DiffusionTransformer
+    count: int = 1
+
+    def of(self, labels: Tensor) -> Condition:
+        return self.model.placeholder(len(labels))
+
+
+def _encoded(config: BackboneConfig, device: torch.device) -> EncodedPrompts:
+    """The prompts that the flags name, or those of the project, encoded unless they are already."""
+    spec, path = MODELS[config.model], config.prompts or BUNDLED_PROMPTS
+    if config.prompt is None and path.is_file() and is_safetensors(path):
+        return load_prompts(path)
+    texts = [config.prompt] if config.prompt is not None else read_prompts(path)
+    encoder = config.text_encoder
+    return encode_prompts(texts, encoder, device, spec.config.max_tokens, progress="prompts")
+
+
+def load_conditions(
+    config: BackboneConfig, image_size: int, device: torch.device
+) -> Classes | PromptList:
+    """What the samples of a configuration can be of. A text encoder is gone when this returns.
+
+    Raises:
+        HarmonicaError: no prompts for a model of text, or prompts encoded for another model.
+    """
+    spec = MODELS[config.model]
+    if spec.text_encoder is None:
+        classes = spec.config.num_classes if config.num_classes is None else config.num_classes
+        return Classes(max(1, classes))
+    encoded = _encoded(config, device)
+    tokens, channels = encoded.embeddings.shape[1:]
+    expected = (spec.config.max_tokens, spec.config.caption_channels)
+    if (tokens, channels) != expected:
+        raise HarmonicaError(
+            f"the prompts were encoded by {encoded.encoder} to {tokens} tokens of {channels} "
+            f"channels, and --model {config.model} takes {expected[0]} of {expected[1]}; encode "
+            "them for this model"
+        )
+    return PromptList(encoded, (image_size, image_size))

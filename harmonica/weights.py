@@ -1,0 +1,93 @@
+"""Weights of backbones: where they are, and how they get into a model."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from harmonica.downloads import fetch
+from harmonica.errors import HarmonicaError
+from harmonica.files import existing_file, is_safetensors, read_safetensors, read_torch
+from models import ModelSpec
+from models.transformer import DiffusionTransformer
+
+# Where a folder in the layout of diffusers keeps the weights of its transformer.
+IN_FOLDERS = tuple(
+    f"{subfolder}diffusion_pytorch_model.{suffix}"
+    for subfolder in ("transformer/", "")
+    for suffix in ("safetensors", "bin")
+)
+
+
+def weights_file(ckpt: Path | None, spec: ModelSpec, image_size: int) -> Path:
+    """The file that ``--ckpt`` names or whose folder it is, or the bundled or fetched one.
+
+    Raises:
+        HarmonicaError: there is none.
+    """
+    if ckpt is not None and ckpt.is_dir():
+        found = [ckpt / name for name in IN_FOLDERS if (ckpt / name).is_file()]
+        if not found:
+            raise HarmonicaError(
+                f"--ckpt {ckpt} holds no {' or '.join(IN_FOLDERS[:2])}; pass a checkpoint or the "
+                "folder of a diffusers model"
+            )
+        return found[0]
+    if ckpt is not None:
+        return existing_file(ckpt, "--ckpt")
+    if image_size not in spec.weights:
+        raise HarmonicaError(
+            f"no weights are published for --model {spec.name} at --image-size {image_size}; "
+            "pass yours with --ckpt"
+        )
+    source = spec.weights[image_size]
+    return source if isinstance(source, Path) else fetch(source)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors file, or in a ``.pt`` file, alone or by its usual names."""
+    if is_safetensors(path):
+        state, _ = read_safetensors(path)
+    else:
+        state = read_torch(path)
+        for key in ("ema", "model", "state_dict"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+                break
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise HarmonicaError(f"--ckpt {path} holds no state dict; pass a model checkpoint")
+    return state
+
+
+def load_weights(model: DiffusionTransformer, path: Path, name: str) -> None:
+    """Load strictly; every name and shape must fit.
+
+    Raises:
+        HarmonicaError: one sentence with the first tensor that does not fit.
+    """
+    state, expected = read_weights(path), model.state_dict()
+    try:
+        state = model.under_published_names(state)
+    except (KeyError, ValueError) as error:
+        raise HarmonicaError(
+            f"--ckpt {path} is not a whole checkpoint of diffusers ({error}); fetch it again"
+        ) from None
+    missing, unknown = (
+        sorted(expected.keys() - state.keys()),
+        sorted(state.keys() - expected.keys()),
+    )
+    wrong = [
+        key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape
+    ]
+    if missing or unknown or wrong:
+        if wrong:
+            key = min(wrong)
+            what = f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+        else:
+            what = (
+                f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
+            )
+        raise HarmonicaError(
+            f"--ckpt {path} is not a checkpoint of --model {name} at this --image-size and "
+            f"--num-classes: {what}; pass the matching file or flags"
+        )
+    model.load_state_dict(state)

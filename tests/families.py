@@ -1,0 +1,78 @@
+"""Tiny random models of every family, for properties that all of them share."""
+
+import torch
+
+from harmonica.denoise import Guidance, Trajectories
+from harmonica.samplers import Sampler, create_sampler
+from models.dit import DiT, DiTConfig
+from models.pixart import PixArt, PixArtConfig
+from models.prompts import Prompts
+from models.transformer import Condition, DiffusionTransformer
+from models.uvit import UViT, UViTConfig
+
+DIT = DiTConfig(32, 3, 2, 2, input_size=8, num_classes=5)
+UVIT = UViTConfig(32, 4, 2, 2, input_size=8, num_classes=5)
+PIXART = PixArtConfig(
+    hidden_size=36, depth=2, num_heads=2, input_size=8, caption_channels=20, max_tokens=7
+)
+TOLD = PixArtConfig(
+    hidden_size=36,
+    depth=2,
+    num_heads=2,
+    input_size=8,
+    caption_channels=20,
+    max_tokens=7,
+    has_micro_conditions=True,
+)
+CONFIGS = {
+    "dit": (DiT, DIT),
+    "uvit": (UViT, UVIT),
+    "pixart": (PixArt, PIXART),
+    "told": (PixArt, TOLD),
+}
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights without the zeros of the initialisation, which would hide branches."""
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
+    return model.requires_grad_(False).eval()
+
+
+def tiny(family: str) -> DiffusionTransformer:
+    kind, config = CONFIGS[family]
+    return randomised(kind(config))
+
+
+def some_condition(model: DiffusionTransformer, rows: int) -> Condition:
+    """Labels, or prompts of unequal lengths."""
+    draw = torch.Generator().manual_seed(1)
+    config = model.config
+    if not isinstance(model, PixArt):
+        return torch.randint(config.num_classes, (rows,), generator=draw)
+    length = config.max_tokens
+    lengths = torch.arange(rows) % length + 1
+    embeddings = torch.randn(rows + 1, length, config.caption_channels, generator=draw)
+    return Prompts(
+        embeddings[:rows],
+        torch.arange(length) < lengths[:, None],
+        embeddings[rows:],
+        torch.arange(length)[None] < 2,
+        torch.tensor([[64.0, 96.0]]).repeat(rows, 1),
+    )
+
+
+def tiny_trajectories(
+    family: str, sampler: Sampler | None = None, rows: int = 3, **changes
+) -> Trajectories:
+    model = tiny(family)
+    shape = (rows, model.config.in_channels, 8, 8)
+    fields = {
+        "model": model,
+        "sampler": sampler or create_sampler("ddim", 5),
+        "guidance": Guidance(1.5, None),
+        "y": some_condition(model, rows),
+        "x_T": torch.randn(shape, generator=torch.Generator().manual_seed(2)),
+    }
+    return Trajectories(**{**fields, **changes})

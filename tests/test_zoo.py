@@ -1,0 +1,248 @@
+"""Every family through the real loading paths, from tiny local files in the layout of the Hub."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from families import CONFIGS, PIXART, randomised, tiny
+from PIL import Image
+from safetensors.torch import save_file
+
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import load_backbone
+from harmonica.conditions import load_conditions
+from harmonica.config import BackboneConfig, EvaluateConfig, SampleConfig, TrainConfig
+from harmonica.errors import HarmonicaError
+from harmonica.metrics.subject import open_subject
+from harmonica.prompts import encode_prompts, save_prompts
+from harmonica.report import sample_and_report
+from harmonica.trainer import Trainer
+from models import MODELS, SDXL, STABLE_DIFFUSION, create_model
+
+CPU = torch.device("cpu")
+PROMPTS = "a cat\nЖёлтый кот, très élégants 🐈\nthe same cat, told at such length that it is cut\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_t5):
+    """Weights, autoencoder and prompts of the tiny models."""
+    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+
+    path = tmp_path_factory.mktemp("zoo")
+    torch.manual_seed(0)
+    pixart = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=18, num_layers=2, cross_attention_dim=36,
+        caption_channels=16, sample_size=8, interpolation_scale=1, use_additional_conditions=False,
+    )  # fmt: skip
+    randomised(pixart).save_pretrained(path / "pixart" / "transformer")
+    torch.save({"state_dict": tiny("uvit").state_dict()}, path / "uvit.pth")
+    save_file(tiny("dit").state_dict(), path / "dit.safetensors")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, sample_size=32,
+    ).save_pretrained(path / "pipeline" / "vae")  # fmt: skip
+    (path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def zoo(monkeypatch, folder, tiny_t5):
+    """Flags that every tiny model is loaded with, by its name; the names are in the registry."""
+    pixart = replace(PIXART, caption_channels=16, max_tokens=9)
+    differences = {
+        "DiT-XL/2": ("tiny-DiT", CONFIGS["dit"][1], {}),
+        "U-ViT-H/2": ("tiny-U-ViT", CONFIGS["uvit"][1], {"sizes": {64: {}}}),
+        "PixArt-alpha-XL/2": ("tiny-PixArt", pixart, {"sizes": {64: {}}}),
+    }
+    for published, (name, config, rest) in differences.items():
+        spec = replace(
+            MODELS[published], name=name, config=config, image_size=64, num_steps=4, **rest
+        )
+        monkeypatch.setitem(MODELS, name, spec)
+    vae = {"vae": str(folder / "pipeline")}
+    return {
+        "tiny-DiT": {"ckpt": folder / "dit.safetensors", **vae},
+        "tiny-U-ViT": {"ckpt": folder / "uvit.pth", **vae},
+        "tiny-PixArt": {
+            "ckpt": folder / "pixart",
+            "prompts": folder / "prompts.txt",
+            "text_encoder": str(tiny_t5),
+            **vae,
+        },
+    }
+
+
+NAMES = ("tiny-DiT", "tiny-U-ViT", "tiny-PixArt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_a_router_is_trained_and_replayed(name, zoo, tmp_path):
+    training = TrainConfig(
+        model=name, results_dir=tmp_path / "runs", max_steps=3, global_batch_size=4,
+        lambda_batch_size=4, target_cur=0.5, **zoo[name],
+    )  # fmt: skip
+    training.check()
+    run = Trainer(training).run().path
+    sampling = SampleConfig(
+        model=name, path=run, compare=True, repeats=1, num_images=2, out=tmp_path / "samples",
+        **zoo[name],
+    )  # fmt: skip
+    sampling.check()
+    printed = sample_and_report(sampling)
+    assert "50.0%" in printed
+    report = json.loads((tmp_path / "samples" / "report.json").read_text())
+    assert report["image_error"]["mse_mean"] > 0
+    picture = np.asarray(Image.open(tmp_path / "samples" / "with_router" / "000001.png"))
+    assert picture.shape == (64, 64, 3)
+    assert MODELS[name].sampler in (run / "config.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_an_image_is_that_of_its_prompt(zoo, folder, tmp_path, tiny_t5):
+    """Encoded before or now, in a list or alone, whatever else is in the batch."""
+    encoded = tmp_path / "prompts.safetensors"
+    save_prompts(encoded, encode_prompts(PROMPTS.splitlines(), str(tiny_t5), CPU, max_tokens=9))
+    of_list = zoo["tiny-PixArt"]
+    alone = {k: v for k, v in of_list.items() if k != "prompts"} | {
+        "prompt": PROMPTS.splitlines()[1]
+    }
+    pictures = {}
+    for key, flags, chosen in (
+        ("text", of_list, None),
+        ("encoded", of_list | {"prompts": encoded}, None),
+        ("chosen", of_list, (1, 1)),
+        ("alone", alone | {"num_images": 2}, None),
+    ):
+        config = SampleConfig(
+            model="tiny-PixArt", repeats=1, classes=chosen, out=tmp_path / key, **flags
+        )
+        config.check()
+        sample_and_report(config)
+        files = sorted((tmp_path / key / "uncached").glob("*.png"))
+        pictures[key] = [np.asarray(Image.open(file)).astype(int) for file in files]
+    assert len(pictures["text"]) == 3
+    for a, b in zip(pictures["text"], pictures["encoded"], strict=True):
+        assert np.array_equal(a, b)
+    assert np.abs(pictures["text"][1] - pictures["chosen"][1]).max() <= 1
+    assert np.abs(pictures["text"][1] - pictures["alone"][1]).max() <= 1
+    assert np.abs(pictures["chosen"][0] - pictures["text"][0]).max() > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_evaluation_samples_image_i_of_prompt_i(zoo):
+    config = EvaluateConfig(model="tiny-PixArt", uncached=True, num_images=5, **zoo["tiny-PixArt"])
+    subject = open_subject(config, CPU)
+    texts = subject.backbone.conditions.encoded.texts
+    labels = subject.samples.labels(range(5))
+    assert labels.tolist() == [0, 1, 2, 0, 1] and len(texts) == 3
+    assert subject.samples.read(range(3, 5)).images.shape == (2, 3, 64, 64)
+
+
+def test_large_images_are_decoded_in_tiles(zoo, folder, monkeypatch):
+    config = BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"])
+    decode = load_decoder(config, CPU)
+    latents = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+    whole = decode(latents)
+    monkeypatch.setattr("harmonica.autoencoder.LARGEST_WHOLE", 8)
+    tiled = decode(latents)
+    assert whole.shape == tiled.shape == (1, 3, 96, 96)
+    # Group norms see a tile only, so tiles are near, not equal.
+    assert (whole - tiled).abs().max() > 0 and (whole - tiled).abs().mean() < 0.2
+
+
+def test_latents_are_scaled_as_the_autoencoder_wants(zoo, monkeypatch):
+    config = BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"])
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = load_decoder(config, CPU)(x * STABLE_DIFFUSION.scale)
+    monkeypatch.setitem(MODELS, "tiny-DiT", replace(MODELS["tiny-DiT"], latent=SDXL))
+    assert torch.allclose(load_decoder(config, CPU)(x * SDXL.scale), plain, atol=1e-5)
+    assert (STABLE_DIFFUSION.scale, SDXL.scale) == (0.18215, 0.13025)
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_tokens": 4}, "9 tokens of 16 channels"),
+        ({"caption_channels": 32}, "takes 9 of 32"),
+    ],
+)
+def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tiny_t5, monkeypatch):
+    path = tmp_path / "prompts.safetensors"
+    save_prompts(path, encode_prompts(["a"], str(tiny_t5), CPU, max_tokens=9))
+    spec = MODELS["tiny-PixArt"]
+    monkeypatch.setitem(
+        MODELS, "tiny-PixArt", replace(spec, config=replace(spec.config, **changes))
+    )
+    config = BackboneConfig(model="tiny-PixArt", **{**zoo["tiny-PixArt"], "prompts": path})
+    with pytest.raises(HarmonicaError, match=named):
+        load_conditions(config, 64, CPU)
+
+
+@pytest.mark.parametrize("name", ["tiny-U-ViT", "tiny-PixArt"])
+def test_weights_that_do_not_fit_are_named(name, zoo, folder, tmp_path):
+    other = folder / "dit.safetensors"
+    with pytest.raises(HarmonicaError, match=r"--ckpt .*dit\.safetensors is not a checkpoint"):
+        load_backbone(BackboneConfig(model=name, **{**zoo[name], "ckpt": other}), CPU)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HarmonicaError, match=r"--ckpt .*empty holds no transformer"):
+        load_backbone(BackboneConfig(model=name, **{**zoo[name], "ckpt": tmp_path / "empty"}), CPU)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("DiT")])
+def test_published_models_have_the_published_sizes(name):
+    spec = MODELS[name]
+    assert set(spec.sizes) == set(spec.weights)
+    for size in spec.sizes:
+        with torch.device("meta"):
+            model = create_model(name, image_size=size)
+        assert model.config.input_size == size // spec.latent_factor
+        time = torch.zeros(1, device="meta")
+        with torch.device("meta"):
+            y = model.placeholder(1)
+            x = torch.empty(1, model.config.in_channels, *[model.config.input_size] * 2)
+        out = model(x, time, y)
+        assert out.shape == (1, model.config.out_channels, *x.shape[2:])
+    if "alpha" in name:
+        micro = {size for size, of in spec.sizes.items() if of.get("has_micro_conditions")}
+        assert micro == {1024}
+
+
+REFUSED = [
+    ({"model": "PixArt-alpha-XL/2", "image_size": 300}, "--image-size 300"),
+    ({"model": "U-ViT-H/2", "image_size": 512}, "--image-size 512"),
+    ({"model": "PixArt-alpha-XL/2", "num_classes": 3}, "--num-classes"),
+    ({"model": "PixArt-alpha-XL/2", "prompts": "a", "prompt": "b"}, "--prompts and --prompt"),
+    ({"model": "DiT-XL/2", "prompt": "a cat"}, "--prompt is for"),
+    ({"model": "U-ViT-S/2", "cfg_scale": 1.4}, "--cfg-scale 1.4"),
+    ({"model": "U-ViT-H/2", "sampler": "iddpm"}, "--sampler iddpm"),
+    ({"model": "PixArt-Sigma-XL/2", "vae": "ema"}, "--vae ema"),
+    ({"model": "DiT-XL/2", "vae": "sdxl"}, "--vae sdxl"),
+]
+
+
+@pytest.mark.parametrize(("values", "named"), REFUSED)
+def test_what_a_model_does_not_take_is_refused(values, named):
+    with pytest.raises(HarmonicaError, match=named):
+        BackboneConfig(**values).check()
+
+
+def test_defaults_are_those_of_the_family():
+    def resolved(name):
+        config = BackboneConfig(model=name)
+        config.check()
+        names = ("sampler", "num_sampling_steps", "cfg_scale", "vae")
+        return tuple(getattr(config, field) for field in names)
+
+    assert resolved("DiT-XL/2") == ("ddim", 20, 1.5, "ema")
+    assert resolved("DiT-Ti/4") == ("ddim", 20, 1.5, None)
+    assert resolved("U-ViT-H/2") == ("dpm-solver", 20, 1.4, "ema")
+    assert resolved("PixArt-alpha-XL/2") == ("dpm-solver++", 20, 4.5, "ema")
+    assert resolved("PixArt-Sigma-XL/2") == ("dpm-solver++", 20, 4.5, "sdxl")
+    assert MODELS["DiT-XL/2"].guided_channels == 3
+    assert (
+        MODELS["U-ViT-H/2"].guided_channels is MODELS["PixArt-alpha-XL/2"].guided_channels is None
+    )
