@@ -36,12 +36,15 @@ CHECKPOINT_FORMAT = 1
 class Trainer:
     """One training run of a router; ``run()`` does it all and returns the run directory."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, *, random_weights: bool = False):
+        """``random_weights``: freshly initialised ones, for measuring speed."""
         self.config = config
         self.accelerator = _accelerator(config)
         # One process of a machine fetches missing weights, the others find them.
         with self.accelerator.local_main_process_first():
-            self.backbone = load_backbone(config, self.accelerator.device)
+            self.backbone = load_backbone(
+                config, self.accelerator.device, random_weights=random_weights
+            )
             self.decode = load_decoder(config, self.accelerator.device)
         # The trajectory objective makes its own checkpoints, and no graph of what it decides.
         run = call_block
