@@ -34,6 +34,9 @@ METHODS = (
     "fewer-steps",
     "fewer-steps-dpm-solver++",
     "fora",
+    "fora-taylor1",
+    "taylorseer1",
+    "taylorseer2",
     "delta-dit",
     "smoothcache",
     "uniform",
@@ -444,6 +447,15 @@ class ReplayConfig(BackboneConfig):
         low=0,
         high=1,
     )
+    predictor: str | None = option(
+        None,
+        "what stands in for a skipped branch; default: what the router was trained with, or the "
+        "last value",
+        choices=PREDICTORS,
+    )
+    coordinate: str = option(
+        "time", "what --predictor measures distances between steps in", choices=COORDINATES
+    )
     force: bool = option(False, "replay a router that was trained for another sampler")
 
 
@@ -505,6 +517,10 @@ class SampleConfig(ReplayConfig):
                 )
             if self.semantics != "harmonica" or self.force:
                 raise HarmonicaError("--semantics and --force read a router; name it with --path")
+            if self.method is None and self.predictor is not None:
+                raise HarmonicaError(
+                    "--predictor stands in for what is skipped; add --path or --method"
+                )
             if self.compare and self.method is None:
                 raise HarmonicaError("--compare needs a router or a method; add --path or --method")
 

@@ -4,7 +4,6 @@ Follows improved diffusion (Nichol & Dhariwal, 2021). In float32 the posterior v
 would move ancestral samples by up to 7e-4.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,14 +66,6 @@ NOISE_SCHEDULES = {
     "linear": NoiseSchedule(linear_betas()),
     "u-vit": NoiseSchedule(scaled_linear_betas(), first_timestep=1),
 }
-
-
-def log_snr(timesteps: Sequence[float], betas: np.ndarray | None = None) -> np.ndarray:
-    """Logarithm of signal over noise variance at (possibly fractional) timesteps, (T,) float64."""
-    betas = linear_betas() if betas is None else betas
-    alphas_bar = np.cumprod(1.0 - betas)
-    known = np.log(alphas_bar) - np.log1p(-alphas_bar)
-    return np.interp(np.asarray(timesteps, dtype=np.float64), np.arange(len(betas)), known)
 
 
 def respaced_timesteps(count: int, total: int = TRAIN_STEPS) -> tuple[int, ...]:

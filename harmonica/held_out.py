@@ -9,7 +9,7 @@ from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.predictors import LAST, Extrapolation, LastValue, create_predictor
-from harmonica.samplers import State
+from harmonica.samplers import Sampler, State
 from harmonica.schedule import Schedule
 
 
@@ -39,8 +39,8 @@ class HeldOut:
         return self.accelerator.reduce(torch.cat(errors).mean(), "mean").item()
 
     def better_base(
-        self, schedule: Schedule, coordinate: str, timesteps: tuple[float, ...]
+        self, schedule: Schedule, coordinate: str, sampler: Sampler
     ) -> LastValue | Extrapolation:
         """What learned coefficients start from: the better of last values and linear forecasts."""
-        bases = (LAST, create_predictor("taylor1", coordinate, timesteps))
+        bases = (LAST, create_predictor("taylor1", coordinate, sampler))
         return min(bases, key=lambda base: self.error(replace(schedule, predictor=base)))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.diffusion import log_snr
+from harmonica.samplers import Sampler
 
 # A number, or a tensor (d,): one number for every channel.
 Weight = float | Tensor
@@ -229,20 +229,20 @@ COORDINATES = ("step", "time", "log-snr")
 COEFFICIENTS = ("scalar", "channel")
 
 
-def coordinate_of(kind: str, timesteps: Sequence[float]) -> tuple[float, ...]:
+def coordinate_of(kind: str, sampler: Sampler) -> tuple[float, ...]:
     """(T,) one number per step: its index, its time, or its log-SNR; ``kind`` says which."""
     if kind == "step":
-        return tuple(float(s) for s in range(len(timesteps)))
+        return tuple(float(s) for s in range(len(sampler.timesteps)))
     if kind == "time":
-        return tuple(float(t) for t in timesteps)
-    return tuple(log_snr(timesteps).tolist())
+        return tuple(float(t) for t in sampler.timesteps)
+    return tuple(math.log(bar) - math.log1p(-bar) for bar in sampler.alphas_bar)
 
 
-def create_predictor(name: str, kind: str, timesteps: Sequence[float]) -> LastValue | Extrapolation:
+def create_predictor(name: str, kind: str, sampler: Sampler) -> LastValue | Extrapolation:
     """The predictor that ``--predictor`` calls ``name``, without anything learned."""
     if name == "last":
         return LAST
-    return Extrapolation(PREDICTORS.index(name), coordinate_of(kind, timesteps))
+    return Extrapolation(PREDICTORS.index(name), coordinate_of(kind, sampler))
 
 
 def combine(weights: Sequence[Weight], values: Sequence[Tensor]) -> Tensor:

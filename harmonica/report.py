@@ -22,7 +22,7 @@ from harmonica.options import plain
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.run_directory import check_output
-from harmonica.sampling import eight_bit, load_schedule, sample, trajectories
+from harmonica.sampling import eight_bit, load_schedule, sample, trajectories, with_predictor
 from harmonica.timing import Timing, timed
 
 REPORT = "report.json"
@@ -65,13 +65,18 @@ def _remove_pictures(out: Path) -> None:
 def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | None:
     """How to sample faster, and what to call it; None if nothing says so."""
     if config.method is not None:
-        return config.method, METHODS[config.method](backbone, config.budget, config.seed)
-    if config.path is not None:
+        name, plan = config.method, METHODS[config.method](backbone, config.budget, config.seed)
+    elif config.path is not None:
         schedule = load_schedule(
-            config.path, config.threshold, backbone, config.semantics, config.force
+            config.path, config.threshold, backbone, config.semantics, force=config.force
         )
-        return "router", Plan(backbone, schedule)
-    return None
+        name, plan = "router", Plan(backbone, schedule)
+    else:
+        return None
+    if plan.schedule is None:
+        return name, plan
+    schedule = with_predictor(plan.schedule, config.predictor, config.coordinate, plan.backbone)
+    return name, replace(plan, schedule=schedule)
 
 
 def sample_and_report(config: SampleConfig) -> str:
@@ -166,6 +171,7 @@ def _table(
         lines.append(f"{'setting':38} {plan.setting}")
     if plan is not None and plan.schedule is not None:
         lines.append(f"{'cache-utilisation ratio (CUR)':38} {plan.schedule.cur:.1%}")
+        lines.append(f"{'in place of what is skipped':38} {plan.schedule.predictor.name}")
     if plan is not None:
         lines.append(f"{'theoretical speed-up (MACs)':38} {plan.speedup_over(uncached):.2f}x")
     if len(times) == 2:

@@ -227,7 +227,8 @@ class RouterFile:
             return
         if not force:
             raise HarmonicaError(
-                f"the router was trained {misfit}; {remedy}, or --force to replay it all the same"
+                f"the router was trained {misfit}; {remedy} (sample.py and evaluate.py replay it "
+                "all the same with --force)"
             )
         warnings.warn(
             f"the router was trained {misfit}: its schedule may not suit this sampler",

@@ -1,6 +1,7 @@
 """Sampling from a backbone, plainly or by replaying a schedule."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import existing_file
+from harmonica.predictors import create_predictor
 from harmonica.randomness import Draws
 from harmonica.router import load_router
 from harmonica.schedule import Schedule
@@ -52,6 +54,24 @@ def load_schedule(
     router = load_router(path, flag)
     router.check(backbone.model, backbone.router_info(), force)
     return router.to_schedule(backbone.costs, threshold, semantics)
+
+
+def with_predictor(
+    schedule: Schedule, name: str | None, coordinate: str, backbone: Backbone
+) -> Schedule:
+    """The schedule with a predictor of ``PREDICTORS`` in place of its own; None keeps that.
+
+    Raises:
+        HarmonicaError: the schedule reuses differences of whole blocks.
+    """
+    if name is None:
+        return schedule
+    if schedule.reuses != "branches":
+        raise HarmonicaError(
+            f"--predictor {name} forecasts branches, which this method does not reuse; drop it"
+        )
+    predictor = create_predictor(name, coordinate, backbone.sampler)
+    return replace(schedule, predictor=predictor)
 
 
 def trajectories(

@@ -24,14 +24,14 @@ class Values:
     def __init__(self, config: TrainConfig, batches: Batches, start: Schedule, samples: int):
         """``samples``: of one forward of this process."""
         self.config, self.batches, self.samples = config, batches, samples
-        model, timesteps = batches.backbone.model, batches.backbone.sampler.timesteps
+        model, sampler = batches.backbone.model, batches.backbone.sampler
         self.channels = 1 if config.coefficients == "scalar" else model.config.hidden_size
         self._held_out: HeldOut | None = None
         self._coefficients: Coefficients | None = None
         if config.predictor != "learned":
-            self.base = create_predictor(config.predictor, config.coordinate, timesteps)
+            self.base = create_predictor(config.predictor, config.coordinate, sampler)
             return
-        self.base = self.held_out.better_base(start, config.coordinate, timesteps)
+        self.base = self.held_out.better_base(start, config.coordinate, sampler)
         if config.fit == "gradient":
             shape = start.compute.shape
             device = batches.accelerator.device

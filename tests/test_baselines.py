@@ -11,7 +11,7 @@ from harmonica import config
 from harmonica.backbone import load_backbone
 from harmonica.baselines import METHODS, OF_LONG_SKIPS, Plan
 from harmonica.baselines.delta_dit import delta_dit
-from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule
+from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule, taylorseer
 from harmonica.baselines.smoothcache import (
     MAX_AGE,
     nearest_smoothcache,
@@ -23,6 +23,7 @@ from harmonica.budget import Budget
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.flops import Costs
+from harmonica.predictors import TaylorSeer
 from harmonica.randomness import Draws
 from harmonica.samplers import State
 from harmonica.sampling import sample
@@ -172,3 +173,21 @@ def test_every_method_samples_near_its_budget(name, backbone):
 def test_fora_of_the_model_reuses_whole_steps(backbone):
     plan = METHODS["fora"](backbone, Budget(speedup=2.0), 0)
     assert plan.setting == "N = 2" and plan.schedule.cur == 0.5
+
+
+def test_taylorseer_computes_the_first_steps_and_then_every_nth():
+    schedule = taylorseer(10, COSTS, interval=3, order=2)
+    assert np.flatnonzero(schedule.compute.all(axis=1)).tolist() == [0, 1, 4, 7]
+    assert not schedule.compute[[2, 3, 5, 6, 8, 9]].any()
+    assert schedule.predictor == TaylorSeer(2)
+
+
+@torch.no_grad()
+def test_forecasts_come_nearer_than_last_values(backbone):
+    draws, errors = Draws(0, "sample"), {}
+    reference = sample(backbone, None, draws, range(4))
+    for name in ("fora", "fora-taylor1"):
+        plan = METHODS[name](backbone, Budget(cur=0.5), 0)
+        x = sample(backbone, plan.schedule, draws, range(4))
+        errors[name] = (x - reference).square().mean()
+    assert errors["fora-taylor1"] < 0.5 * errors["fora"]

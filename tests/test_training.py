@@ -32,6 +32,7 @@ from harmonica.sampling import load_schedule, sample
 from harmonica.schedule import Schedule
 from harmonica.sdt import BetaControl, router_optimizer
 from harmonica.trainer import Trainer
+from harmonica.trajectory_learner import TrajectoryLearner
 
 CPU = torch.device("cpu")
 ARGUMENTS = [
@@ -250,7 +251,8 @@ def test_a_seed_gives_its_image_whatever_the_batch(sampler, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_router_trains_and_replays_with_every_sampler(sampler, tmp_path):
+@pytest.mark.parametrize("kind", [StepwiseLearner, TrajectoryLearner])
+def test_a_router_trains_and_replays_with_every_sampler(kind, sampler, tmp_path):
     golden = load_golden("a")
     backbone = Backbone(
         name="tiny",
@@ -264,19 +266,21 @@ def test_a_router_trains_and_replays_with_every_sampler(sampler, tmp_path):
         device=CPU,
     )
     config = TrainConfig(
-        sampler=sampler, num_sampling_steps=4, global_batch_size=4, max_steps=2, init_std=1.0
-    )
+        sampler=sampler, num_sampling_steps=4, global_batch_size=4, held_out_batch_size=4,
+        max_steps=2, init_std=1.0, predictor="taylor1", coordinate="log-snr",
+    )  # fmt: skip
     accelerator = Accelerator(cpu=True)
     consensus = Consensus(accelerator, Interruption())
-    batches = Batches(accelerator, backbone, 0, False)
-    learner = StepwiseLearner(config, batches, consensus, None)
+    learner = kind(config, Batches(accelerator, backbone, 0, False), consensus)
     before = learner.router.logits()
     assert math.isfinite(learner.sweep(2)["loss"])
     logits = learner.router.logits()
-    # Two updates, of rows 1 and 2.
-    assert (logits != before).any(dim=1).tolist() == [False, True, True, False]
-    weights = learner.refreshes[0][1]
-    assert weights[0] == 0 and all(math.isfinite(w) and w > 0 for w in weights[1:])
+    # Step by step two updates make rows 1 and 2; a trajectory makes all.
+    stepwise = kind is StepwiseLearner
+    assert (logits != before).any(dim=1).tolist() == [False, True, True, not stepwise]
+    if stepwise:
+        weights = learner.refreshes[0][1]
+        assert weights[0] == 0 and all(math.isfinite(w) and w > 0 for w in weights[1:])
 
     path = tmp_path / "router.safetensors"
     save_router(path, RouterFile(logits, backbone.router_info(), learner.schedule()))

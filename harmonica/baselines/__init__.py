@@ -5,14 +5,15 @@ Each is a maker of a :class:`Plan`. Learning-to-Cache is trained: see
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harmonica.backbone import Backbone
 from harmonica.baselines.delta_dit import nearest_delta_dit
-from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule
+from harmonica.baselines.fixed import evenly_spaced, fora, random_schedule, taylorseer
 from harmonica.baselines.long_skips import nearest_deepcache, nearest_faster_diffusion
 from harmonica.baselines.smoothcache import nearest_smoothcache, output_changes
 from harmonica.budget import Budget
+from harmonica.predictors import create_predictor
 from harmonica.schedule import Schedule
 
 
@@ -63,12 +64,33 @@ def fewer_steps_of_dpm_solver(backbone: Backbone, budget: Budget, seed: int) -> 
     return _fewer_steps(backbone, budget, "dpm-solver++-zero")
 
 
-def nearest_fora(backbone: Backbone, budget: Budget, seed: int) -> Plan:
-    """FORA with the interval nearest to the budget."""
-    steps, costs = _num_steps(backbone), backbone.costs
-    schedules = {n: fora(steps, costs, n) for n in range(2, steps + 1)}
+def _nearest(backbone: Backbone, budget: Budget, make: Callable[[int], Schedule]) -> Plan:
+    """The interval whose schedule is nearest to the budget."""
+    schedules = {n: make(n) for n in range(2, _num_steps(backbone) + 1)}
     interval = min(schedules, key=lambda n: budget.distance(schedules[n]))
     return Plan(backbone, schedules[interval], f"N = {interval}")
+
+
+def nearest_fora(backbone: Backbone, budget: Budget, seed: int) -> Plan:
+    """FORA with the interval nearest to the budget."""
+    return _nearest(backbone, budget, lambda n: fora(_num_steps(backbone), backbone.costs, n))
+
+
+def fora_with_forecasts(backbone: Backbone, budget: Budget, seed: int) -> Plan:
+    """FORA, with the line through the last two computed values in place of the last."""
+    plan = nearest_fora(backbone, budget, seed)
+    line = create_predictor("taylor1", "step", backbone.sampler)
+    return replace(plan, schedule=replace(plan.schedule, predictor=line))
+
+
+def nearest_taylorseer(order: int) -> Callable[[Backbone, Budget, int], Plan]:
+    """TaylorSeer of an order, with the interval nearest to the budget."""
+
+    def plan(backbone: Backbone, budget: Budget, seed: int) -> Plan:
+        steps, costs = _num_steps(backbone), backbone.costs
+        return _nearest(backbone, budget, lambda n: taylorseer(steps, costs, n, order))
+
+    return plan
 
 
 def uniform(backbone: Backbone, budget: Budget, seed: int) -> Plan:
@@ -108,6 +130,9 @@ METHODS: dict[str, Callable[[Backbone, Budget, int], Plan]] = {
     "fewer-steps": fewer_steps,
     "fewer-steps-dpm-solver++": fewer_steps_of_dpm_solver,
     "fora": nearest_fora,
+    "fora-taylor1": fora_with_forecasts,
+    "taylorseer1": nearest_taylorseer(1),
+    "taylorseer2": nearest_taylorseer(2),
     "delta-dit": delta_dit,
     "smoothcache": smoothcache,
     "uniform": uniform,

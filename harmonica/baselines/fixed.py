@@ -6,7 +6,10 @@ import numpy as np
 
 from harmonica.budget import Budget
 from harmonica.flops import Costs
+from harmonica.predictors import TaylorSeer
 from harmonica.schedule import Schedule
+
+FIRST_STEPS = 2  # that TaylorSeer computes whole, as published
 
 
 def fora(num_steps: int, costs: Costs, interval: int) -> Schedule:
@@ -14,6 +17,17 @@ def fora(num_steps: int, costs: Costs, interval: int) -> Schedule:
     compute = np.zeros((num_steps, len(costs.names)), dtype=bool)
     compute[::interval] = True
     return Schedule(compute, costs)
+
+
+def taylorseer(num_steps: int, costs: Costs, interval: int, order: int) -> Schedule:
+    """TaylorSeer (Liu et al., 2025): every ``interval``-th step whole, Taylor's series between.
+
+    The first steps are computed, so that there is a derivative to start from.
+    """
+    compute = np.zeros((num_steps, len(costs.names)), dtype=bool)
+    compute[:FIRST_STEPS] = True
+    compute[FIRST_STEPS - 1 :: interval] = True
+    return Schedule(compute, costs, predictor=TaylorSeer(order))
 
 
 def _evenly_reused(num_steps: int, costs: Costs, count: int) -> Schedule:

@@ -18,7 +18,13 @@ TRAINED: dict[str, dict] = {
     "sdt-ltc-loss": {"lambda_form": "constant"},
     "learning-to-cache": {"method": "learning-to-cache"},
 }
-ALL_METHODS = (*TRAINED, *METHODS)
+# These learn a schedule for one cost, and what stands in at that schedule.
+TRAINED_AT_LEVEL: dict[str, dict] = {
+    "trajectory": {},
+    "trajectory-taylor1": {"predictor": "taylor1"},
+    "trajectory-learned": {"predictor": "learned"},
+}
+ALL_METHODS = (*TRAINED_AT_LEVEL, *TRAINED, *METHODS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,9 @@ class CompareConfig(BackboneConfig):
         1_000_000, "seed of noise and labels, apart from training's", low=0, high=2**32
     )
     train_updates: int = option(1000, "router updates of methods that learn", low=1)
+    trajectory_updates: int = option(
+        90, "updates of methods that learn on the final image, at every level anew", low=1
+    )
     train_cur: float = option(
         0.5,
         "share of reuse they are trained at, and cut at every level; Learning-to-Cache, which can "
@@ -79,6 +88,7 @@ class CompareConfig(BackboneConfig):
         "exact_steps": 50,
         "seeds": (0,),
         "train_updates": 95,
+        "trajectory_updates": 4,
         "repeats": 1,
     }
     REPLACED_BY_FLAG: ClassVar = ((("speedups", "curs"), ("speedups", "curs")),)
@@ -130,4 +140,4 @@ class Cell:
     @property
     def has_seeds(self) -> bool:
         """Whether another seed makes another schedule."""
-        return self.method in (*TRAINED, "random")
+        return self.method in (*TRAINED, *TRAINED_AT_LEVEL, "random")

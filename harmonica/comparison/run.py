@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import yaml
@@ -15,7 +16,7 @@ from harmonica.backbone import load_backbone, select_device
 from harmonica.baselines import METHODS, OF_LONG_SKIPS, Plan
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
-from harmonica.comparison.config import TRAINED, Cell, CompareConfig
+from harmonica.comparison.config import TRAINED, TRAINED_AT_LEVEL, Cell, CompareConfig
 from harmonica.comparison.table import markdown
 from harmonica.config import TrainConfig
 from harmonica.engine import Engine
@@ -31,7 +32,7 @@ from harmonica.metrics.scores import set_scores
 from harmonica.options import plain
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
-from harmonica.router import SEMANTICS, budget_schedule, load_router
+from harmonica.router import SEMANTICS, RouterFile, budget_schedule, load_router
 from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
@@ -150,6 +151,8 @@ class Comparison:
             return self.uncached
         if cell.method in METHODS:
             plan = METHODS[cell.method](self.backbone, cell.level, cell.seed)
+        elif cell.method in TRAINED_AT_LEVEL:
+            plan = Plan(self.backbone, self._trained_at_level(cell))
         else:
             plan = Plan(self.backbone, *self._trained_schedule(cell))
         speedup = plan.speedup_over(self.uncached)
@@ -160,23 +163,15 @@ class Comparison:
 
     def _trained_schedule(self, cell: Cell) -> tuple[Schedule, str]:
         """A trained router cut at the cell's level; trained first, unless an earlier run did."""
-        config, differences = self.config, TRAINED[cell.method]
-        folder = config.out / "routers" / f"{cell.method}_seed{cell.seed}"
-        finished = sorted(folder.glob("*/router.safetensors"))
-        if not finished:
-            is_alternate = cell.method == "learning-to-cache"
-            training = config.of(
-                TrainConfig,
-                **differences,
-                data=config.data if is_alternate else None,
-                max_steps=config.train_updates,
-                target_cur=config.train_cur / 2 if is_alternate else config.train_cur,
-                global_seed=cell.seed,
-                results_dir=folder,
-            )
-            finished = [Trainer(training).run().router]
-        router = load_router(finished[0])
-        router.check(self.backbone.model, self.backbone.router_info())
+        config, is_alternate = self.config, cell.method == "learning-to-cache"
+        router = self._trained(
+            f"{cell.method}_seed{cell.seed}",
+            **TRAINED[cell.method],
+            data=config.data if is_alternate else None,
+            max_steps=config.train_updates,
+            target_cur=config.train_cur / 2 if is_alternate else config.train_cur,
+            global_seed=cell.seed,
+        )
         logits, costs = router.logits, self.backbone.costs
         rows = SEMANTICS["ltc" if cell.method == "learning-to-cache" else "harmonica"](len(logits))
         try:
@@ -184,6 +179,30 @@ class Comparison:
         except OutOfReach:
             most = Budget(cur=len(rows) / len(logits))
             return budget_schedule(logits, costs, most, rows), "all that it can reuse"
+
+    def _trained_at_level(self, cell: Cell) -> Schedule:
+        """A schedule learned on the final image, with what stands in for what it skips."""
+        router = self._trained(
+            cell.key.replace(":", "_"),
+            **TRAINED_AT_LEVEL[cell.method],
+            objective="trajectory",
+            max_steps=self.config.trajectory_updates,
+            target_cur=cell.level.cur,
+            target_speedup=cell.level.speedup,
+            global_seed=cell.seed,
+        )
+        return router.schedule
+
+    def _trained(self, name: str, **options: Any) -> RouterFile:
+        """The router of a finished run in this folder, or of a new one."""
+        folder = self.config.out / "routers" / name
+        finished = sorted(folder.glob("*/router.safetensors"))
+        if not finished:
+            training = self.config.of(TrainConfig, **options, results_dir=folder)
+            finished = [Trainer(training).run().router]
+        router = load_router(finished[0])
+        router.check(self.backbone.model, self.backbone.router_info())
+        return router
 
     # Measurements.
 

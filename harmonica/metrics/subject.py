@@ -10,7 +10,7 @@ from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import FolderImages, ImageSet, open_images, pixels
 from harmonica.metrics.sampled import SampledImages
-from harmonica.sampling import load_schedule
+from harmonica.sampling import load_schedule, with_predictor
 from harmonica.schedule import Schedule
 
 # The window of SSIM and the pools of LPIPS do not fit smaller images.
@@ -79,6 +79,7 @@ def _sampled(config: EvaluateConfig, device: torch.device) -> Subject:
     if config.path is None:
         return Subject(uncached, config.num_images, None, backbone)
     schedule = load_schedule(config.path, config.threshold, backbone, force=config.force)
+    schedule = with_predictor(schedule, config.predictor, config.coordinate, backbone)
     against = uncached if config.against is None else None
     samples = images("sampled with the router", schedule)
     return Subject(samples, config.num_images, against, backbone, schedule)
