@@ -369,7 +369,7 @@ def test_the_published_way_to_say_ddim(tmp_path):
 
 
 README_COMMANDS = [
-    line.split("#")[0].split()
+    shlex.split(line, comments=True)
     for path in (ROOT / "README.md", *sorted((ROOT / "configs").glob("*.yaml")))
     for line in path.read_text().splitlines()
     for line in [line.removeprefix("#   ")]
