@@ -404,6 +404,11 @@ class TrainConfig(BackboneConfig):
         super().check()
         check_one_budget(self)
         if self.method == "learning-to-cache":
+            if MODELS[self.model].text_encoder is not None:
+                raise HarmonicaError(
+                    f"--method learning-to-cache learns from images with classes, and {self.model} "
+                    "takes prompts; use the other method"
+                )
             if self.data is None:
                 raise HarmonicaError(
                     "--method learning-to-cache learns from images; name them with --data"

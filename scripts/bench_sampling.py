@@ -53,11 +53,10 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def cache_bytes(backbone: Backbone, schedule: Schedule, rows: int) -> int:
     """What the plan keeps at its peak, for so many rows of the model."""
-    config = backbone.model.config
-    tokens = (config.input_size // config.patch_size) ** 2
-    width = precision_of(backbone.model).itemsize
+    model = backbone.model
+    value_bytes = model.num_tokens * model.config.hidden_size * precision_of(model).itemsize
     plan = plan_replay(schedule.compute, schedule.costs.names, schedule.predictor.depth)
-    return plan.peak_values * rows * tokens * config.hidden_size * width
+    return plan.peak_values * rows * value_bytes
 
 
 @torch.inference_mode()
