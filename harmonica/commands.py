@@ -7,7 +7,7 @@ from harmonica.config import EvaluateConfig, SampleConfig, TrainConfig
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.metrics.weights import METRIC_WEIGHTS
 from harmonica.options import CommandParser, parse
-from models import MODELS, WeightSource
+from models import HUB_PARTS, MODELS, T5, HubFolder, WeightSource
 
 
 @run_command
@@ -54,11 +54,8 @@ def download() -> None:
     from harmonica.downloads import fetch, verify
 
     parser = CommandParser(description="Fetch published weights.")
-    parser.add_argument(
-        "model",
-        nargs="?",
-        help=f"model of the zoo with published weights, or {' or '.join(METRIC_WEIGHTS)}",
-    )
+    parts = ", ".join([*HUB_PARTS, *METRIC_WEIGHTS])
+    parser.add_argument("model", nargs="?", help=f"model of the zoo, or one of {parts}")
     parser.add_argument("--image-size", type=int, help="default: the model's")
     parser.add_argument("--list", action="store_true", help="show what there is and its state")
     arguments = parser.parse_args()
@@ -66,21 +63,27 @@ def download() -> None:
         print(listing())
         return
     source = published(arguments.model, arguments.image_size)
-    if isinstance(source, Path):
+    if isinstance(source, HubFolder):
+        from harmonica.hub import fetch_part
+
+        print(fetch_part(source))
+    elif isinstance(source, Path):
         print(f"{source}  sha256 {verify(source)}")
     else:
         path = fetch(source)
         print(f"{path}  sha256 {verify(path, source.sha256)}")
 
 
-def published(name: str, image_size: int | None) -> WeightSource | Path:
-    """Where the weights of a model, or of a network that metrics look through, come from.
+def published(name: str, image_size: int | None) -> WeightSource | HubFolder | Path:
+    """Where the weights of a model, of its autoencoder or text encoder, or of a network that
+    metrics look through, come from.
 
     Raises:
         HarmonicaError: from nowhere.
     """
-    if name in METRIC_WEIGHTS and image_size is None:
-        return METRIC_WEIGHTS[name]
+    others = {**METRIC_WEIGHTS, **HUB_PARTS}
+    if name in others and image_size is None:
+        return others[name]
     spec = MODELS.get(name)
     size = image_size or (spec.image_size if spec else 0)
     source = spec.weights.get(size) if spec else None
@@ -88,22 +91,24 @@ def published(name: str, image_size: int | None) -> WeightSource | Path:
         known = [f"{m.name} --image-size {s}" for m in MODELS.values() for s in m.weights]
         raise HarmonicaError(
             f"no weights are published for {name} at --image-size {size}; there are "
-            f"{', '.join([*known, *METRIC_WEIGHTS])}"
+            f"{', '.join([*known, *others])}"
         )
     return source
 
 
 def listing() -> str:
-    """One line per checkpoint: name, image size of a model, where it is."""
+    """One line per checkpoint: name, image size of a model or kind of a part, where it is."""
     from harmonica.downloads import CACHE, state
+    from harmonica.hub import state_of_part
 
-    lines = [
-        f"{spec.name:10} {size:5} px  {state(source, CACHE)}"
+    rows = [
+        (spec.name, f"{size} px", state(source, CACHE))
         for spec in MODELS.values()
         for size, source in spec.weights.items()
     ]
-    lines += [
-        f"{name:10} {'metrics':>8}  {state(source, CACHE)}"
-        for name, source in METRIC_WEIGHTS.items()
-    ]
-    return "\n".join(lines)
+    for name, part in HUB_PARTS.items():
+        kind = "text" if part is T5 else "decoder"
+        rows.append((name, kind, state_of_part(part)))
+    rows += [(name, "metrics", state(source, CACHE)) for name, source in METRIC_WEIGHTS.items()]
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(f"{name:{width}} {kind:>8}  {where}" for name, kind, where in rows)

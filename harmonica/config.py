@@ -116,7 +116,7 @@ class BackboneConfig(Options):
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
     compile: bool | None = option(
-        None, "sample with compiled blocks (needs a C++ compiler); default: on a GPU"
+        None, "run blocks compiled (needs a C++ compiler on a CPU); default: on a GPU"
     )
     cuda_graphs: bool | None = option(
         None, "sample whole trajectories as CUDA graphs; default: on a GPU"
@@ -324,6 +324,11 @@ class TrainConfig(BackboneConfig):
     lambda_batch_size: int | None = option(
         None, "model rows of a refresh over all processes; default: twice the batch size", low=1
     )
+    lambda_rows: int = option(
+        64,
+        "model rows of one forward of a refresh: as many rollouts run side by side as fit",
+        low=1,
+    )
     lambda_form: str | None = option(
         None,
         "how they enter the loss; default: published if beta is set by hand, whose scale it is, "
@@ -405,6 +410,11 @@ class TrainConfig(BackboneConfig):
         super().check()
         check_one_budget(self)
         if self.method == "learning-to-cache":
+            if MODELS[self.model].text_encoder is not None:
+                raise HarmonicaError(
+                    f"--method learning-to-cache learns from images with classes, and {self.model} "
+                    "takes prompts; use the other method"
+                )
             if self.data is None:
                 raise HarmonicaError(
                     "--method learning-to-cache learns from images; name them with --data"

@@ -143,4 +143,4 @@ def state(source: WeightSource | Path, folder: Path) -> str:
     partial = sum(part.stat().st_size for part in folder.glob(f".{source.file}.*.part"))
     if partial:
         return f"partly fetched, {partial / 1e6:.1f} MB; repeat the command to resume"
-    return "not fetched"
+    return f"not fetched, at least {source.size / 1e9:.1f} GB"

@@ -35,10 +35,18 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class HubFolder:
-    """Part of a repository on the Hub, in the layout of diffusers."""
+    """Part of a repository on the Hub, in the layout of diffusers.
+
+    Attributes:
+        subfolder: where its config is.
+        patterns: files that belong to it.
+        size: lower bound in bytes of what is whole.
+    """
 
     repository: str
     subfolder: str = ""
+    patterns: tuple[str, ...] = ("config.json", "diffusion_pytorch_model.safetensors")
+    size: int = 300_000_000
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,11 @@ STABLE_DIFFUSION = LatentSpace(
     },
 )
 _SIGMA_PARTS = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
-SDXL = LatentSpace(8, 0.13025, {"sdxl": HubFolder(_SIGMA_PARTS, "vae")})
+SDXL = LatentSpace(8, 0.13025, {"sdxl": HubFolder(_SIGMA_PARTS, "vae", ("vae/*",))})
 # T5 v1.1 XXL, the same for alpha and Sigma.
-T5 = _SIGMA_PARTS
+T5 = HubFolder(_SIGMA_PARTS, "text_encoder", ("tokenizer/*", "text_encoder/*"), size=18_000_000_000)
+# What download.py calls them.
+HUB_PARTS = {**STABLE_DIFFUSION.autoencoders, **SDXL.autoencoders, "t5": T5}
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ def _pixart(name: str, files: Mapping[int, tuple[str, str]], **fields: Any) -> M
         )
         for size, (repository, file) in files.items()
     }
-    shared = {"sampler": "dpm-solver++", "guidance": 4.5, "text_encoder": T5}
+    shared = {"sampler": "dpm-solver++", "guidance": 4.5, "text_encoder": T5.repository}
     return ModelSpec(name, PixArt, image_size=256, weights=weights, **shared, **fields)
 
 

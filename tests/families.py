@@ -1,9 +1,12 @@
 """Tiny random models of every family, for properties that all of them share."""
 
+from dataclasses import replace
+
 import torch
 
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.samplers import Sampler, create_sampler
+from models import MODELS, ModelSpec
 from models.dit import DiT, DiTConfig
 from models.pixart import PixArt, PixArtConfig
 from models.prompts import Prompts
@@ -30,6 +33,26 @@ CONFIGS = {
     "pixart": (PixArt, PIXART),
     "told": (PixArt, TOLD),
 }
+
+
+# Published model to the name and shapes of its tiny relative, at 64 pixels.
+RELATIVES = {
+    "DiT-XL/2": ("tiny-DiT", DIT),
+    "U-ViT-H/2": ("tiny-U-ViT", UVIT),
+    "PixArt-alpha-XL/2": ("tiny-PixArt", replace(PIXART, caption_channels=16, max_tokens=9)),
+}
+
+
+def tiny_specs() -> dict[str, ModelSpec]:
+    """Entries for the registry, which make tiny models as good as published ones."""
+    specs = {}
+    for published, (name, config) in RELATIVES.items():
+        spec = MODELS[published]
+        sizes = None if spec.sizes is None else {64: {}}
+        specs[name] = replace(
+            spec, name=name, config=config, image_size=64, num_steps=4, sizes=sizes
+        )
+    return specs
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:

@@ -4,16 +4,20 @@ import hashlib
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import Golden
 from safetensors.torch import save_file
 
+from harmonica.commands import listing, published
 from harmonica.downloads import fetch, state, verify
 from harmonica.errors import HarmonicaError
+from harmonica.hub import state_of_part
+from harmonica.metrics.weights import METRIC_WEIGHTS
 from harmonica.weights import load_weights
-from models import WeightSource
+from models import HUB_PARTS, MODELS, HubFolder, WeightSource
 from models.dit import DiT, DiTConfig
 
 CONTENT = bytes(range(256)) * 5000
@@ -183,3 +187,35 @@ def test_a_checkpoint_of_another_model_names_the_tensor(golden_b: Golden, tmp_pa
     deeper = DiT(DiTConfig(**{**golden_b.hparams["model"], "depth": 5}))
     with pytest.raises(HarmonicaError, match=r"blocks\.4.* is missing"):
         load_weights(deeper, tmp_path / "w.pt", "DiT")
+
+
+def test_a_folder_of_the_hub_is_found_again_offline(tmp_path, monkeypatch):
+    """In the cache of the Hub's client, of which only what belongs to the part counts."""
+    part = HubFolder("someone/vae", "vae", ("vae/*",), size=1000)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert state_of_part(part) == "not fetched, at least 0.0 GB"
+    snapshot = tmp_path / "models--someone--vae" / "snapshots" / "abc"
+    (snapshot / "vae").mkdir(parents=True)
+    (tmp_path / "models--someone--vae" / "refs").mkdir()
+    (tmp_path / "models--someone--vae" / "refs" / "main").write_text("abc")
+    (snapshot / "other.bin").write_bytes(bytes(5000))
+    (snapshot / "vae" / "config.json").write_bytes(bytes(100))
+    assert state_of_part(part).startswith("partly fetched")
+    (snapshot / "vae" / "weights.safetensors").write_bytes(bytes(1000))
+    assert state_of_part(part).startswith(str(snapshot))
+
+
+def test_everything_that_is_published_is_listed_and_can_be_asked_for():
+    lines = listing().splitlines()
+    for name, size in [(m.name, s) for m in MODELS.values() for s in m.weights]:
+        assert any(line.split()[:3] == [name, str(size), "px"] for line in lines)
+        source = published(name, size)
+        if isinstance(source, WeightSource):
+            assert source.arguments.split()[0] == name
+            assert source.size > 1e8 and all(url.startswith("https://") for url in source.urls)
+    files = [s.file for m in MODELS.values() for s in m.weights.values() if not isinstance(s, Path)]
+    assert len(files) == len(set(files))
+    for name in (*HUB_PARTS, *METRIC_WEIGHTS):
+        assert any(line.split()[0] == name for line in lines) and published(name, None)
+    with pytest.raises(HarmonicaError, match="PixArt-Sigma-XL/2 --image-size 2048"):
+        published("PixArt-Sigma-XL/2", 300)

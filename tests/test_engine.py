@@ -27,7 +27,7 @@ from harmonica.flops import Costs
 from harmonica.predictors import LAST, Extrapolation, Learned
 from harmonica.randomness import Draws
 from harmonica.replay_plan import Add, Compute, plan_replay
-from harmonica.samplers import State, create_sampler
+from harmonica.samplers import SAMPLERS, State, create_sampler
 from harmonica.sampling import sample, trajectories
 from harmonica.schedule import Schedule
 
@@ -204,7 +204,7 @@ def test_running_some_branches_gives_their_values(golden_b: Golden):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("sampler", ["ddim", "iddpm", "dpm-solver++"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_captured_trajectories_equal_eager_ones(sampler):
     device = torch.device("cuda")
     config = BackboneConfig(sampler=sampler, num_sampling_steps=6, compile=False)

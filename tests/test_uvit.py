@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import GOLDEN, relative
 
+from harmonica.denoise import Guidance, Trajectories
+from harmonica.samplers import State, create_sampler
 from models.uvit import UViT, UViTConfig
 
 PUBLISHED = {
@@ -58,6 +60,21 @@ def test_the_null_class_is_the_published_one(golden_uvit):
     assert model.null_label == int(arrays["null_label"])
     labels = model.with_null(arrays["class_labels"])
     assert labels.tolist() == [*arrays["class_labels"].tolist(), 10, 10, 10]
+
+
+def test_dpm_solver_gives_the_recorded_images(golden_uvit):
+    arrays, model = golden_uvit
+    evaluations = int(arrays["dpm_solver2/nfe"])
+    batch = Trajectories(
+        model,
+        create_sampler("dpm-solver", evaluations, noise_schedule="u-vit"),
+        # Recorded as cond + scale * (cond - uncond).
+        Guidance(1 + float(arrays["cfg_scale"]), channels=None),
+        arrays["class_labels"],
+        arrays["x_T"],
+    )
+    assert batch.sampler.timesteps == pytest.approx(arrays["dpm_solver2/model_t"], abs=3e-4)
+    assert relative(batch.walk(State(batch.x_T), batch.predict).x, arrays["dpm_solver2/x0"]) < 1e-5
 
 
 def test_an_unconditional_model_looks_at_no_label():

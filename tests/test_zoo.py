@@ -1,12 +1,15 @@
 """Every family through the real loading paths, from tiny local files in the layout of the Hub."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, PIXART, randomised, tiny
+from conftest import ROOT, free_port
+from families import randomised, tiny, tiny_specs
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -17,7 +20,11 @@ from harmonica.config import BackboneConfig, EvaluateConfig, SampleConfig, Train
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.subject import open_subject
 from harmonica.prompts import encode_prompts, save_prompts
+from harmonica.randomness import Draws
 from harmonica.report import sample_and_report
+from harmonica.router import load_router
+from harmonica.samplers import create_sampler
+from harmonica.sampling import sample
 from harmonica.trainer import Trainer
 from models import MODELS, SDXL, STABLE_DIFFUSION, create_model
 
@@ -50,16 +57,7 @@ def folder(tmp_path_factory, tiny_t5):
 @pytest.fixture
 def zoo(monkeypatch, folder, tiny_t5):
     """Flags that every tiny model is loaded with, by its name; the names are in the registry."""
-    pixart = replace(PIXART, caption_channels=16, max_tokens=9)
-    differences = {
-        "DiT-XL/2": ("tiny-DiT", CONFIGS["dit"][1], {}),
-        "U-ViT-H/2": ("tiny-U-ViT", CONFIGS["uvit"][1], {"sizes": {64: {}}}),
-        "PixArt-alpha-XL/2": ("tiny-PixArt", pixart, {"sizes": {64: {}}}),
-    }
-    for published, (name, config, rest) in differences.items():
-        spec = replace(
-            MODELS[published], name=name, config=config, image_size=64, num_steps=4, **rest
-        )
+    for name, spec in tiny_specs().items():
         monkeypatch.setitem(MODELS, name, spec)
     vae = {"vae": str(folder / "pipeline")}
     return {
@@ -131,6 +129,52 @@ def test_an_image_is_that_of_its_prompt(zoo, folder, tmp_path, tiny_t5):
     assert np.abs(pictures["chosen"][0] - pictures["text"][0]).max() > 1
 
 
+def test_a_family_is_sampled_on_its_own_noise_schedule(zoo):
+    backbone = load_backbone(BackboneConfig(model="tiny-U-ViT", **zoo["tiny-U-ViT"]), CPU)
+    assert backbone.sampler == create_sampler("dpm-solver", 4, noise_schedule="u-vit")
+    assert backbone.sampled_by("ddim", 3).sampler.alphas_bar == (
+        create_sampler("ddim", 3, noise_schedule="u-vit").alphas_bar
+    )
+    linear = create_sampler("dpm-solver", 4)
+    assert backbone.sampler.alphas_bar != linear.alphas_bar
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_two_processes_train_a_router_of_prompts(zoo, folder, tmp_path, tiny_t5):
+    """Through the command line, and like one process: prompts belong to samples, not processes."""
+    encoded = tmp_path / "prompts.safetensors"
+    save_prompts(encoded, encode_prompts(PROMPTS.splitlines(), str(tiny_t5), CPU, max_tokens=9))
+    (tmp_path / "train.py").write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from families import tiny_specs\n"
+        "from harmonica.commands import train\n"
+        "from models import MODELS\n"
+        "MODELS.update(tiny_specs())\n"
+        "train()\n"
+    )
+    flags = [
+        "--model", "tiny-PixArt", "--ckpt", folder / "pixart", "--vae", folder / "pipeline",
+        "--prompts", encoded, "--global-batch-size", "8", "--max-steps", "3", "--log-every", "1",
+    ]  # fmt: skip
+    launches = {
+        "one": [sys.executable],
+        "two": [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+            "--master_addr=127.0.0.1", f"--master_port={free_port()}",
+        ],
+    }  # fmt: skip
+    logits = []
+    for name, launch in launches.items():
+        words = [*launch, tmp_path / "train.py", *flags, "--results-dir", tmp_path / name]
+        done = subprocess.run(
+            [str(word) for word in words], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        logits.append(load_router(tmp_path / name / "000-tiny-PixArt-T4").logits)
+    assert (logits[0] - logits[1]).abs().max() < 5e-3
+
+
 @pytest.mark.filterwarnings("ignore:.*were cut")
 def test_evaluation_samples_image_i_of_prompt_i(zoo):
     config = EvaluateConfig(model="tiny-PixArt", uncached=True, num_images=5, **zoo["tiny-PixArt"])
@@ -138,7 +182,12 @@ def test_evaluation_samples_image_i_of_prompt_i(zoo):
     texts = subject.backbone.conditions.encoded.texts
     labels = subject.samples.labels(range(5))
     assert labels.tolist() == [0, 1, 2, 0, 1] and len(texts) == 3
-    assert subject.samples.read(range(3, 5)).images.shape == (2, 3, 64, 64)
+    assert subject.samples.texts() == [texts[i % 3] for i in range(5)]
+    latents = subject.samples.read(range(3, 5)).latents
+    draws = Draws(config.seed, "sample")
+    assert torch.equal(latents, sample(subject.backbone, None, draws, [3, 4], torch.tensor([0, 1])))
+    other = sample(subject.backbone, None, draws, [3, 4], torch.tensor([1, 0]))
+    assert not torch.allclose(latents, other)
 
 
 def test_large_images_are_decoded_in_tiles(zoo, folder, monkeypatch):
@@ -222,6 +271,12 @@ REFUSED = [
     ({"model": "PixArt-Sigma-XL/2", "vae": "ema"}, "--vae ema"),
     ({"model": "DiT-XL/2", "vae": "sdxl"}, "--vae sdxl"),
 ]
+
+
+def test_learning_to_cache_takes_classes():
+    config = TrainConfig(model="PixArt-alpha-XL/2", method="learning-to-cache", data="images")
+    with pytest.raises(HarmonicaError, match="takes prompts"):
+        config.check()
 
 
 @pytest.mark.parametrize(("values", "named"), REFUSED)

@@ -6,15 +6,17 @@ import torch
 
 from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
+from harmonica.files import is_safetensors
 from harmonica.metrics import NAMES
 from harmonica.metrics.clip import ClipScore
 from harmonica.metrics.extractor import KINDS, Extractor, load_extractor
 from harmonica.metrics.images import pixels
 from harmonica.metrics.paired import Lpips, load_lpips, lpips_left_out
 from harmonica.metrics.reference import Reference, open_reference
+from harmonica.metrics.sampled import SampledImages
 from harmonica.metrics.subject import Subject
 from harmonica.options import flag_of
-from harmonica.prompts import read_prompts
+from harmonica.prompts import load_prompts, read_prompts
 from models import BUNDLED_WEIGHTS, MODELS
 
 
@@ -61,7 +63,7 @@ def choose_instruments(
         left_out = (*left_out, f"LPIPS: {lpips_left_out()}")
     clip = None
     if config.prompts is not None:
-        clip = ClipScore(config.clip_model, _prompts(config, subject.count), device)
+        clip = ClipScore(config.clip_model, _prompts(config, subject), device)
     return Instruments(metrics, reference, extractor, clip, lpips, left_out)
 
 
@@ -130,8 +132,15 @@ def check_size(
             )
 
 
-def _prompts(config: EvaluateConfig, count: int) -> list[str]:
-    prompts = read_prompts(config.prompts)
+def _prompts(config: EvaluateConfig, subject: Subject) -> list[str]:
+    """Of every sample: what it was sampled of, or its line of the file."""
+    if isinstance(subject.samples, SampledImages):
+        sampled_of = subject.samples.texts()
+        if sampled_of is not None:
+            return sampled_of
+    count, path = subject.count, config.prompts
+    is_encoded = path.is_file() and is_safetensors(path)
+    prompts = list(load_prompts(path).texts) if is_encoded else read_prompts(path)
     if len(prompts) < count or (config.num_images is None and len(prompts) > count):
         raise HarmonicaError(
             f"--prompts {config.prompts} has {len(prompts)} lines for {count} samples; give every "

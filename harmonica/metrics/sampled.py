@@ -48,6 +48,13 @@ class SampledImages:
             return torch.tensor(indices) % self.backbone.conditions.count
         return None
 
+    def texts(self) -> list[str] | None:
+        """The prompt of every image, of models that take them."""
+        if not isinstance(self.backbone.conditions, PromptList):
+            return None
+        known = self.backbone.conditions.encoded.texts
+        return [known[label] for label in self.labels(range(self.count)).tolist()]
+
     def __len__(self) -> int:
         return self.count
 
