@@ -9,4 +9,4 @@ install_project "[test]"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 echo "$(nproc) cores of $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1), $(date -u +%F)"
 exec .venv/bin/python -m pytest tests/test_resume.py tests/test_shards.py tests/test_files.py \
-  tests/test_faults.py --soak "$@"
+  tests/test_faults.py --soak -m "slow or not slow" "$@"

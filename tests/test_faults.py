@@ -21,8 +21,6 @@ from test_resume import content
 from harmonica.checkpoint import Checkpoints, unpack
 from harmonica.files import sha256
 
-pytestmark = pytest.mark.slow
-
 CKPT_EVERY = 2
 TRAIN = [
     "--num-sampling-steps", "3", "--global-batch-size", "4", "--cfg-scale", "1", "--lambda-c", "8",
@@ -175,6 +173,7 @@ def test_a_sample_that_is_not_finite_on_one_process_stops_all(tmp_path, faults):
     faults.add("a sample that is not finite", 1)
 
 
+@pytest.mark.slow
 def test_signals_while_a_checkpoint_is_written(trained, tmp_path, rounds, faults):
     expected, total = trained
     folder, stopped = run_of(tmp_path) / "checkpoints", 0

@@ -127,7 +127,6 @@ def test_every_way_of_learning_in_parts_ends_like_one(way, tmp_path, labelled_im
     assert learned(one) == learned(two)
 
 
-@pytest.mark.slow
 def test_signals_make_it_safe_and_lose_nothing(whole, tmp_path):
     """All three end the run between two updates; it says where it stands and goes on."""
     for number, signum in enumerate((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
