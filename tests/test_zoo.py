@@ -17,6 +17,7 @@ from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
 from harmonica.conditions import load_conditions
 from harmonica.config import BackboneConfig, EvaluateConfig, SampleConfig, TrainConfig
+from harmonica.denoise import Guidance
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.subject import open_subject
 from harmonica.prompts import encode_prompts, save_prompts
@@ -129,8 +130,11 @@ def test_an_image_is_that_of_its_prompt(zoo, folder, tmp_path, tiny_t5):
     assert np.abs(pictures["chosen"][0] - pictures["text"][0]).max() > 1
 
 
-def test_a_family_is_sampled_on_its_own_noise_schedule(zoo):
+def test_a_family_is_sampled_with_its_own_noise_schedule_and_guidance(zoo):
+    of_dit = load_backbone(BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"]), CPU)
+    assert of_dit.guidance == Guidance(1.5, 3)
     backbone = load_backbone(BackboneConfig(model="tiny-U-ViT", **zoo["tiny-U-ViT"]), CPU)
+    assert backbone.guidance == Guidance(1.4, None)
     assert backbone.sampler == create_sampler("dpm-solver", 4, noise_schedule="u-vit")
     assert backbone.sampled_by("ddim", 3).sampler.alphas_bar == (
         create_sampler("ddim", 3, noise_schedule="u-vit").alphas_bar
