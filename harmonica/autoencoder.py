@@ -35,7 +35,9 @@ def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
 
     source = _source(config)
     try:
-        loaded = AutoencoderKL.from_pretrained(source.repository, subfolder=source.subfolder)
+        loaded = AutoencoderKL.from_pretrained(
+            source.repository, subfolder=source.subfolder, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise HarmonicaError(

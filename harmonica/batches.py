@@ -1,14 +1,17 @@
 """This process's part of global batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from harmonica.backbone import Backbone
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.randomness import Draws
 from harmonica.sampling import trajectories
+from models.transformer import call_block
 
 
 def samples_per_process(rows: int, halves: int, processes: int, flag: str) -> int:
@@ -35,12 +38,14 @@ class Batches:
     Attributes:
         seed: of noise and conditions.
         compares_all: see ``Trajectories``.
+        run: likewise.
     """
 
     accelerator: Accelerator
     backbone: Backbone
     seed: int
     compares_all: bool
+    run: Callable[..., Tensor] = call_block
 
     def samples(self, rows: int, flag: str, *, halves: int | None = None) -> int:
         """Samples of this process in a batch of ``rows`` model rows; ``flag`` says how many."""
@@ -59,7 +64,7 @@ class Batches:
     def of(self, purpose: str, indices: range) -> Trajectories:
         """The trajectories of these samples."""
         batch = trajectories(self.backbone, self.draws(purpose), indices)
-        return replace(batch, compares_all=self.compares_all)
+        return replace(batch, compares_all=self.compares_all, run=self.run)
 
     def __call__(self, purpose: str, number: int, samples: int) -> Trajectories:
         """This process's trajectories of batch ``number``."""

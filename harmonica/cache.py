@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harmonica.denoise import join_rows, part_rows
 from harmonica.predictors import LAST, Predictor, combine
 from models.branch import Branch
 
@@ -125,19 +126,33 @@ class Masking:
         """An empty one, for one trajectory."""
         return Cache(self.computes.shape[1], self.predictor)
 
-    def branches(self, cache: Cache, s: int, logits: Tensor) -> list[Blend]:
-        """Branches of step s, whose router row is ``logits`` (N,)."""
+    def branches(
+        self, caches: Sequence[Cache], s: int, logits: Tensor, halves: int = 1
+    ) -> list[Blend]:
+        """Branches of step s, whose router row is ``logits`` (N,).
+
+        Args:
+            caches: of trajectories that run side by side; see ``denoise.join_rows``.
+        """
         weights = logits.sigmoid()
         if self.kind == "hard":
             decided = torch.tensor(self.computes[s], dtype=weights.dtype, device=weights.device)
             weights = decided + (weights - weights.detach())
-        return [
-            Blend(None if cache.is_empty(i) else cache.predict(i, s), weight)
-            for i, weight in enumerate(weights.unbind())
-        ]
+        blends = []
+        for i, weight in enumerate(weights.unbind()):
+            cached = None
+            if not caches[0].is_empty(i):
+                cached = join_rows([cache.predict(i, s) for cache in caches], halves)
+            blends.append(Blend(cached, weight))
+        return blends
 
-    def store(self, cache: Cache, s: int, branches: Iterable[Blend]) -> None:
-        """After step s has run with these branches: what counts as computed enters the cache."""
+    def store(
+        self, caches: Sequence[Cache], s: int, branches: Iterable[Blend], halves: int = 1
+    ) -> None:
+        """After step s has run with these branches: what counts as computed enters the caches."""
         for i, branch in enumerate(branches):
             if self.computes[s, i]:
-                cache.store(i, s, branch.fresh if self.stores_fresh else branch.blended)
+                value = branch.fresh if self.stores_fresh else branch.blended
+                parts = part_rows(value, len(caches), halves)
+                for cache, part in zip(caches, parts, strict=True):
+                    cache.store(i, s, part)

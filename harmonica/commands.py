@@ -1,5 +1,6 @@
 """The command-line programs: parse, resolve the configuration, call one function."""
 
+import os
 from pathlib import Path
 
 from harmonica.config import EvaluateConfig, SampleConfig, TrainConfig
@@ -22,9 +23,20 @@ def train() -> None:
 @run_command
 def sample() -> None:
     config = parse(SampleConfig, "Sample with and without a caching router.")
-    from harmonica.report import sample_and_report
+    if config.num_samples is not None:
+        from harmonica.many_samples import sample_many
 
-    print(sample_and_report(config))
+        said = sample_many(config)
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise HarmonicaError(
+            "several processes share the work of --num-samples only; add it, or start one process"
+        )
+    else:
+        from harmonica.report import sample_and_report
+
+        said = sample_and_report(config)
+    if said is not None:
+        print(said)
 
 
 @run_command

@@ -4,6 +4,7 @@ Either way a sample has a label (a class, or a place in the list), drawn from it
 and the model gets what the label stands for.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +39,10 @@ class Conditions(Protocol):
         """What the model takes for labels (n,), on the CPU."""
         ...
 
+    def content_hash(self) -> str | None:
+        """sha256 of what labels stand for; None where that is the model's affair."""
+        ...
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -47,6 +52,9 @@ class Classes:
 
     def of(self, labels: Tensor) -> Tensor:
         return labels
+
+    def content_hash(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,19 @@ class PromptList:
             torch.tensor([self.size], dtype=torch.float32).repeat(len(labels), 1),
         )
 
+    def content_hash(self) -> str:
+        encoded = self.encoded
+        digest = hashlib.sha256("\n".join(encoded.texts).encode())
+        kept = (
+            encoded.embeddings[encoded.mask],
+            encoded.mask,
+            encoded.null_embedding[encoded.null_mask],
+            encoded.null_mask,
+        )
+        for tensor in kept:
+            digest.update(tensor.half().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Placeholders:
@@ -83,6 +104,9 @@ class Placeholders:
 
     def of(self, labels: Tensor) -> Condition:
         return self.model.placeholder(len(labels))
+
+    def content_hash(self) -> None:
+        return None
 
 
 def _encoded(config: BackboneConfig, device: torch.device) -> EncodedPrompts:

@@ -29,6 +29,12 @@ LENGTH_AND_OUTPUT = (
 )  # fmt: skip
 # Also, if somebody asks for it: the remedies of a loss that is not finite.
 REMEDIES = ("lr", "adam_eps", "mixed_precision")
+# What does not change an image of a given index.
+NOT_OF_THE_IMAGES = (
+    "path", "ckpt", "accelerate_method", "ddim_sample", "num_images", "num_samples", "png",
+    "timeout", "batch_size", "out", "compare", "repeats", "compile", "cuda_graphs",
+    "text_encoder",
+)  # fmt: skip
 # Keys of ``harmonica.baselines.METHODS``, which stands above this module.
 METHODS = (
     "fewer-steps",
@@ -110,7 +116,7 @@ class BackboneConfig(Options):
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
     compile: bool | None = option(
-        None, "sample with compiled blocks (needs a C++ compiler); default: on a GPU"
+        None, "run blocks compiled (needs a C++ compiler on a CPU); default: on a GPU"
     )
     cuda_graphs: bool | None = option(
         None, "sample whole trajectories as CUDA graphs; default: on a GPU"
@@ -318,6 +324,11 @@ class TrainConfig(BackboneConfig):
     lambda_batch_size: int | None = option(
         None, "model rows of a refresh over all processes; default: twice the batch size", low=1
     )
+    lambda_rows: int = option(
+        64,
+        "model rows of one forward of a refresh: as many rollouts run side by side as fit",
+        low=1,
+    )
     lambda_form: str | None = option(
         None,
         "how they enter the loss; default: published if beta is set by hand, whose scale it is, "
@@ -488,9 +499,19 @@ class SampleConfig(ReplayConfig):
     classes: tuple[int, ...] | None = option(None, "class of every image", many=True)
     num_images: int | None = option(
         None,
-        "images, classes drawn from the seed; default: one per class, at most 16",
-        aliases=("--num-samples",),
+        "images to look at, classes drawn from the seed; default: one per class, at most 16",
         low=1,
+    )
+    num_samples: int | None = option(
+        None,
+        "instead: images to measure, all classes equally often, by any number of processes, into "
+        "shards and one npz; the same command goes on where it stopped",
+        low=1,
+    )
+    png: bool = option(False, "with --num-samples: PNG files too")
+    shard_size: int = option(128, "images per shard of --num-samples", low=1)
+    timeout: int = option(
+        900, "with --num-samples: seconds to wait for a process that finishes no shard", low=1
     )
     seed: int = option(0, "seed of noise and labels", aliases=("--global-seed",), low=0, high=2**32)
     batch_size: int = option(64, "images per forward", low=1)
@@ -507,6 +528,14 @@ class SampleConfig(ReplayConfig):
         """Also: a router or a method with its budget, and nothing that neither of them reads."""
         super().check()
         check_one_budget(self)
+        if self.num_samples is not None:
+            if self.num_images is not None or self.compare:
+                raise HarmonicaError(
+                    "--num-samples makes images to measure, --num-images and --compare some to "
+                    "look at; pass one or the other"
+                )
+        elif self.png:
+            raise HarmonicaError("--png is for --num-samples; drop it")
         if self.path is not None and self.method is not None:
             raise HarmonicaError("--path and --method exclude each other; pass one")
         if self.method is not None and self.budget is None:

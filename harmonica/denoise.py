@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harmonica.diffusion import TRAIN_STEPS
 from harmonica.samplers import Sampler, State
 from models.branch import Branch
-from models.transformer import Condition, Conditioning, DiffusionTransformer
+from models.transformer import Condition, Conditioning, DiffusionTransformer, call_block
 
 # Conditioning that is kept at once: 256 MB in float32.
 CONDITIONING_NUMBERS = 2**26
@@ -68,6 +69,20 @@ def guide(output: Tensor, channels: int, guidance: Guidance) -> Tensor:
     return torch.cat([torch.cat([noise, noise]), output[:, k:]], dim=1)
 
 
+def join_rows(parts: list[Tensor], halves: int) -> Tensor:
+    """Model rows of several batches of one size as those of one batch; see ``part_rows``."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.unflatten(0, (halves, -1)) for part in parts], dim=1).flatten(0, 2)
+
+
+def part_rows(rows: Tensor, count: int, halves: int) -> list[Tensor]:
+    """Model rows (halves * count * n, ...) of a repeated batch as those of ``count`` batches."""
+    if count == 1:
+        return [rows]
+    return [part.flatten(0, 1) for part in rows.unflatten(0, (halves, count, -1)).unbind(1)]
+
+
 def denoise(
     sampler: Sampler,
     state: State,
@@ -102,6 +117,8 @@ class Trajectories:
         compares_all: whether ``output_error`` takes every row and channel, as published, or only
             those that the sampler uses.
         indices: (n,) global sample indices, for messages about single samples.
+        run: how ``predict`` runs a block; see ``models.transformer.call_block``.
+        steps_ahead: most steps whose conditioning is computed at once.
     """
 
     model: DiffusionTransformer
@@ -112,6 +129,8 @@ class Trajectories:
     noise: Callable[[int], Tensor] | None = None
     compares_all: bool = True
     indices: Sequence[int] = ()
+    run: Callable[..., Tensor] = call_block
+    steps_ahead: int = TRAIN_STEPS
 
     @property
     def num_steps(self) -> int:
@@ -121,6 +140,7 @@ class Trajectories:
         """Of evaluation s. It does not depend on x: many steps are computed in one pass."""
         rows = len(self.y) * self.guidance.halves
         window = max(1, CONDITIONING_NUMBERS // (rows * self.model.conditioning_size))
+        window = min(window, self.steps_ahead)
         first = s // window * window
         if first not in self._conditioned:
             self._conditioned.clear()
@@ -162,7 +182,23 @@ class Trajectories:
     def predict(self, s: int, x: Tensor, branches: list[Branch] | None = None) -> Tensor:
         """Guided model output at evaluation s, (n * halves, C or 2C, H, W) float32."""
         return self.evaluate(
-            lambda rows, conditioning: self.model.evaluate(rows, conditioning, branches), s, x
+            lambda rows, conditioning: self.model.evaluate(rows, conditioning, branches, self.run),
+            s,
+            x,
+        )
+
+    def repeated(self, count: int) -> "Trajectories":
+        """As many times the same samples: rows of the first copy, then of the second, ..."""
+        if count == 1:
+            return self
+        n, noise = len(self.x_T), self.noise
+        return replace(
+            self,
+            y=self.y[torch.arange(n, device=self.x_T.device).repeat(count)],
+            x_T=self.x_T.repeat(count, 1, 1, 1),
+            noise=None if noise is None else lambda s: noise(s).repeat(count, 1, 1, 1),
+            indices=[*self.indices] * count,
+            steps_ahead=1,  # so large a batch is not gone on with for long
         )
 
     def walk(

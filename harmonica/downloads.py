@@ -3,6 +3,7 @@
 import fcntl
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 from tqdm import tqdm
@@ -25,11 +26,20 @@ def _announced_hash(response: requests.Response) -> str | None:
     return None
 
 
+def _refuse_open_line(url: str) -> None:
+    """Refuse an address that anybody on the way could answer for; this machine is no way."""
+    address = urlsplit(url)
+    if address.scheme != "https" and address.hostname not in ("localhost", "127.0.0.1"):
+        raise requests.exceptions.InvalidSchema("not https")
+
+
 def _download(url: str, partial: Path, name: str) -> str | None:
     """Complete ``partial`` from ``url``; returns the announced sha256, if any."""
     have = partial.stat().st_size if partial.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
+    _refuse_open_line(url)
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+        _refuse_open_line(response.url)
         if have and response.status_code == 416:  # nothing is left to fetch
             if response.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
                 return _announced_hash(response)

@@ -6,11 +6,12 @@ float32; compiled blocks differ by rounding.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from harmonica.block_reuse import BlockReplay
 from harmonica.denoise import Trajectories
@@ -19,7 +20,7 @@ from harmonica.replay_plan import Add, Compute, Join, plan_replay
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from models.layers import gated
-from models.transformer import Block, Conditioning, Part
+from models.transformer import Block, Conditioning, Part, call_block
 
 # Sums of so many cached values are compiled; longer ones are taken apart.
 ARITIES = (8, 4, 2, 1)
@@ -73,6 +74,17 @@ def add_weighted(
     for gate, weight, value in zip(gates, weights, values, strict=True):
         x = gated(x, weight if gate is None else gate * weight, value)
     return x
+
+
+def block_runner(compiles: bool, checkpoints: bool) -> Callable[..., Tensor]:
+    """How a training step runs the blocks of a model; see ``models.transformer.call_block``.
+
+    Args:
+        compiles: one graph for all blocks and each kind of branch.
+        checkpoints: keep a block's input alone, and run it again for its gradients.
+    """
+    run = _compiled(call_block) if compiles else call_block
+    return partial(checkpoint, run, use_reentrant=False) if checkpoints else run
 
 
 class Recipe:

@@ -8,10 +8,22 @@ import time
 from collections.abc import Callable
 
 SAY_FIRST_S = 5
+LONGEST_WORD = 250  # that of a path, say
 
 
 class HarmonicaError(Exception):
-    """Bad input: the message is one sentence that names the flag or file and the remedy."""
+    """Bad input: the message is one sentence that names the flag or file and the remedy.
+
+    What it quotes may come from a stranger's file: a quoted word is shortened, a line break is a
+    space, and what a terminal would obey is a question mark.
+    """
+
+    def __init__(self, message: str):
+        words = "".join(c if c.isprintable() or c.isspace() else "?" for c in message).split()
+        shown = [
+            word if len(word) <= LONGEST_WORD else f"{word[:60]}...{word[-20:]}" for word in words
+        ]
+        super().__init__(" ".join(shown))
 
 
 class Interrupted(Exception):

@@ -1,5 +1,7 @@
 """Labelled images: for training the bundled networks, and for Learning-to-Cache."""
 
+import tarfile
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -7,6 +9,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from harmonica.errors import HarmonicaError
+from harmonica.files import confined_extraction
 
 
 class LabelledImages(Dataset):
@@ -26,10 +29,11 @@ class LabelledImages(Dataset):
         crop = Compose([Resize(size), CenterCrop(size), PILToTensor()])
         try:
             if data == "cifar10":
-                self._source = CIFAR10("data", train=train, download=True, transform=crop)
+                with confined_extraction():
+                    self._source = CIFAR10("data", train=train, download=True, transform=crop)
             else:
                 self._source = ImageFolder(data, transform=crop)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, tarfile.TarError) as error:
             reason = str(error).split("\n")[0]
             raise HarmonicaError(
                 f"{flag} {data} cannot be read ({reason}); pass a folder of class folders, or "

@@ -185,7 +185,7 @@ class StepwiseLearner:
             self.refreshes.append((self.updates, self.weights.tolist()))
             return
         batch = self.batches("lambda", len(self.refreshes), self.lambda_samples)
-        student = Student(batch, self.router.logits(), self.masking())
+        student = Student(batch, self.router.logits(), self.masking(), self.config.lambda_rows)
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
         origin = Origin(f"the image-error weights of update {self.updates}", batch.indices)

@@ -5,37 +5,103 @@ estimator walks the base trajectory once and branches off it, T + T(T-1)/2 model
 all.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from harmonica.cache import Cache, Masking, computing_branches
-from harmonica.denoise import Trajectories
+from harmonica.denoise import Trajectories, part_rows
 from harmonica.samplers import State
+
+
+@dataclass
+class Fork:
+    """A rollout of its own from step ``start`` on.
+
+    Attributes:
+        first: guided output at its first step, once that is done.
+    """
+
+    start: int
+    state: State
+    cache: Cache
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Student:
-    """A router at work on a batch of trajectories, without gradient."""
+    """A router at work on a batch of trajectories, without gradient.
+
+    Attributes:
+        most_rows: of one forward, for rollouts that run side by side.
+    """
 
     trajectories: Trajectories
     logits: Tensor  # (T, N)
     masking: Masking
+    most_rows: int = 0
 
-    def predict(self, cache: Cache, forced: int | None = None) -> Callable[[int, Tensor], Tensor]:
-        """Predictor that blends through ``cache``; step ``forced`` computes everything."""
+    def step(
+        self, s: int, state: State, cache: Cache, forced: bool = False
+    ) -> tuple[State, Tensor]:
+        """The state after step s and the guided output there; ``forced`` computes everything."""
+        outputs = []
 
-        def at(s: int, x: Tensor) -> Tensor:
-            if s == 0 or s == forced:
-                return self.trajectories.predict(s, x, computing_branches(cache, s))
-            branches = self.masking.branches(cache, s, self.logits[s])
-            output = self.trajectories.predict(s, x, branches)
-            self.masking.store(cache, s, branches)
+        def predict(s: int, x: Tensor) -> Tensor:
+            if s == 0 or forced:
+                outputs.append(self.trajectories.predict(s, x, computing_branches(cache, s)))
+            else:
+                branches = self.masking.branches([cache], s, self.logits[s])
+                outputs.append(self.trajectories.predict(s, x, branches))
+                self.masking.store([cache], s, branches)
+            return outputs[0]
+
+        return self.trajectories.walk(state, predict, start=s, stop=s + 1), outputs[0]
+
+    @property
+    def side_by_side(self) -> int:
+        """Rollouts that fit into one forward."""
+        rows = len(self.trajectories.x_T) * self.trajectories.guidance.halves
+        return max(1, self.most_rows // rows)
+
+    def finish(self, forks: list[Fork], reuses: bool) -> list[Tensor]:
+        """Final latents of some forks, which run side by side: one forward per step.
+
+        Args:
+            reuses: whether the router is active in them.
+        """
+        for s in range(min(fork.start for fork in forks), self.trajectories.num_steps):
+            self._advance([fork for fork in forks if fork.start <= s], s, reuses)
+        return [fork.state.x for fork in forks]
+
+    def _advance(self, forks: list[Fork], s: int, reuses: bool) -> None:
+        """Step s of forks that stand there, in one forward."""
+        batch = self.trajectories.repeated(len(forks))
+        halves, caches = batch.guidance.halves, [fork.cache for fork in forks]
+
+        def predict(s: int, x: Tensor) -> Tensor:
+            branches = None
+            if reuses:
+                branches = self.masking.branches(caches, s, self.logits[s], halves)
+            output = batch.predict(s, x, branches)
+            if reuses:
+                self.masking.store(caches, s, branches, halves)
+            for fork, part in zip(forks, part_rows(output, len(forks), halves), strict=True):
+                fork.first = part if fork.start == s else fork.first
             return output
 
-        return at
+        states = [fork.state for fork in forks]
+        history = zip(*(state.history for state in states), strict=True)
+        joined = State(
+            torch.cat([state.x for state in states]), tuple(torch.cat(kept) for kept in history)
+        )
+        following = batch.walk(joined, predict, start=s, stop=s + 1)
+        parts = zip(*(kept.chunk(len(forks)) for kept in following.history), strict=True)
+        histories = list(parts) or [()] * len(forks)
+        xs = following.x.chunk(len(forks))
+        for fork, x, kept in zip(forks, xs, histories, strict=True):
+            fork.state = State(x, kept)
 
 
 @dataclass(frozen=True)
@@ -57,31 +123,20 @@ class ImageErrors:
         return cls(torch.stack([zero, *image]), torch.stack([zero, *output]))
 
 
-def _recorded(
-    predict: Callable[[int, Tensor], Tensor], outputs: dict[int, Tensor]
-) -> Callable[[int, Tensor], Tensor]:
-    """A predictor that keeps what it returned, by step."""
-
-    def at(s: int, x: Tensor) -> Tensor:
-        outputs[s] = predict(s, x)
-        return outputs[s]
-
-    return at
-
-
 def leave_one_out(student: Student) -> ImageErrors:
     """Image-error weights, HarmoniCa eq. 7: what forcing step s to compute changes in the image."""
     batch, cache = student.trajectories, student.masking.cache()
-    state, images, output_errors = State(batch.x_T), [], []
+    state, images, output_errors, waiting = State(batch.x_T), [], [], []
     for s in range(batch.num_steps):
-        here: dict[int, Tensor] = {}
         branched = cache.branched()
-        following = batch.walk(state, _recorded(student.predict(cache), here), start=s, stop=s + 1)
+        following, here = student.step(s, state, cache)
         if s > 0:
-            forced: dict[int, Tensor] = {}
-            predict = _recorded(student.predict(branched, forced=s), forced)
-            images.append(batch.walk(state, predict, start=s).x)
-            output_errors.append(batch.output_error(forced[s], here[s]))
+            forced, computed = student.step(s, state, branched, forced=True)
+            output_errors.append(batch.output_error(computed, here))
+            waiting.append(Fork(s + 1, forced, branched))
+        if len(waiting) == student.side_by_side or s == batch.num_steps - 1:
+            images += student.finish(waiting, reuses=True)
+            waiting = []
         state = following
     return ImageErrors.of([(state.x - image).square().mean() for image in images], output_errors)
 
@@ -93,14 +148,17 @@ def cumulative(student: Student) -> ImageErrors:
     active only before s; after that everything is computed.
     """
     batch, cache = student.trajectories, student.masking.cache()
-    state, images, output_errors = State(batch.x_T), [], []
-    computed: dict[int, Tensor] = {}
+    state, images, forks, outputs = State(batch.x_T), [], [], []
     for s in range(batch.num_steps):
-        here: dict[int, Tensor] = {}
-        state = batch.walk(state, _recorded(student.predict(cache), here), start=s, stop=s + 1)
-        if s > 0:
-            output_errors.append(batch.output_error(computed[s], here[s]))
-        images.append(batch.walk(state, _recorded(batch.predict, computed), start=s + 1).x)
+        state, here = student.step(s, state, cache)
+        outputs.append(here)
+        forks.append(Fork(s + 1, state, cache))
+        waiting = forks[len(images) :]
+        if len(waiting) == student.side_by_side or s == batch.num_steps - 1:
+            images += student.finish(waiting, reuses=False)
+    # A fork's first step is the teacher where the student took its own.
+    steps = zip(forks[:-1], outputs[1:], strict=True)
+    output_errors = [batch.output_error(fork.first, here) for fork, here in steps]
     pairs = zip(images[1:], images[:-1], strict=True)
     return ImageErrors.of([(a - b).square().mean() for a, b in pairs], output_errors)
 

@@ -7,6 +7,7 @@ of the published scripts working. Unknown keys are errors.
 import argparse
 import contextlib
 import math
+import reprlib
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar, get_args
 import yaml
 
 from harmonica.errors import HarmonicaError
+from harmonica.files import first_line, read_yaml
 
 
 def option(
@@ -142,11 +144,14 @@ def _scalar_from_yaml(name: str, kind: type, value: Any, path: Path) -> Any:
             return float(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
+    if kind is int and type(value) is int and abs(value) >= 2**63:
+        raise HarmonicaError(f"--config {path}: {name} is too large; correct the preset")
     if kind in (int, bool, str) and type(value) is kind:
         return value
     wanted = getattr(kind, "__name__", "list") if kind in (int, float, bool, str, Path) else "list"
     raise HarmonicaError(
-        f"--config {path}: {name} = {value!r} is not a {wanted} to be used; correct the preset"
+        f"--config {path}: {name} = {reprlib.repr(value)} is not a {wanted} to be used; "
+        "correct the preset"
     )
 
 
@@ -157,18 +162,17 @@ def read_preset(cls: type[Config], path: Path) -> dict[str, Any]:
         HarmonicaError: unreadable, unknown keys, or values of the wrong type.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).split("\n")[0]
-        raise HarmonicaError(f"--config {path} cannot be read ({reason}); check the file") from None
+        content = read_yaml(path)
+    except HarmonicaError as error:
+        raise HarmonicaError(f"--config {error}") from None
     if not isinstance(content, dict):
         raise HarmonicaError(f"--config {path} is not a mapping of options; check the file")
     known = {spec.name: spec for spec in fields(cls)}
     unknown = sorted(str(key) for key in content if key not in known)
     if unknown:
         raise HarmonicaError(
-            f"--config {path} sets {', '.join(unknown)}, which this command does not know; "
-            "remove it or correct its spelling"
+            f"--config {path} sets {first_line(', '.join(unknown))}, which this command does not "
+            "know; remove it or correct its spelling"
         )
     return {key: _from_yaml(known[key], value, path) for key, value in content.items()}
 

@@ -14,7 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import existing_file, read_safetensors, write_atomically
+from harmonica.files import (
+    existing_file,
+    parse_json,
+    read_safetensors,
+    read_text,
+    write_atomically,
+)
 
 FORMAT = "harmonica-prompts-1"
 # Captions written for this project, one per line.
@@ -48,10 +54,11 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         HarmonicaError: unreadable, no line at all, or a line without a prompt.
     """
+    existing_file(path, "--prompts")
     try:
-        lines = existing_file(path, "--prompts").read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise HarmonicaError(f"--prompts {path} is not UTF-8 text; save it as such") from None
+        lines = read_text(path).splitlines()
+    except HarmonicaError as error:
+        raise HarmonicaError(f"--prompts {error}") from None
     if not lines:
         raise HarmonicaError(f"--prompts {path} is empty; write one prompt per line")
     for number, line in enumerate(lines, 1):
@@ -89,7 +96,7 @@ def load_prompts(path: Path) -> EncodedPrompts:
             "with scripts/encode_prompts.py"
         )
     return EncodedPrompts(
-        texts=tuple(json.loads(metadata["texts"])),
+        texts=tuple(parse_json(metadata["texts"], "its texts")),
         embeddings=_unpacked(tensors["tokens"], tensors["mask"]),
         mask=tensors["mask"],
         null_embedding=_unpacked(tensors["null_tokens"], tensors["null_mask"]),
@@ -105,8 +112,8 @@ def _fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
     if set(tensors) != {"tokens", "mask", "null_tokens", "null_mask"} or "encoder" not in metadata:
         return "something is missing or unknown"
     try:
-        texts = json.loads(metadata.get("texts", ""))
-    except (ValueError, RecursionError):
+        texts = parse_json(metadata.get("texts", ""), "its texts")
+    except HarmonicaError:
         texts = None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return "its texts are not a list"

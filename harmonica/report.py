@@ -29,6 +29,17 @@ REPORT = "report.json"
 DEFAULT_IMAGES = 16
 
 
+def check_classes(config: SampleConfig, num_classes: int) -> None:
+    """Refuse classes that the model does not have.
+
+    Raises:
+        HarmonicaError: there is one.
+    """
+    wrong = [label for label in config.classes or () if not 0 <= label < num_classes]
+    if wrong:
+        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {num_classes - 1}")
+
+
 def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor | None]:
     """Number of images and their labels; None draws them from the seed."""
     known, chosen = backbone.conditions.count, config.classes
@@ -38,9 +49,7 @@ def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor
         if config.num_images is not None:
             return config.num_images, None
         chosen = range(min(known, DEFAULT_IMAGES))
-    wrong = [label for label in chosen if not 0 <= label < known]
-    if wrong:
-        raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {known - 1}")
+    check_classes(config, known)
     count = len(chosen) if config.num_images is None else config.num_images
     return count, torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 

@@ -20,7 +20,9 @@ from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError
 from harmonica.files import (
     existing_file,
+    first_line,
     is_safetensors,
+    parse_json,
     read_safetensors,
     read_torch,
     write_atomically,
@@ -294,14 +296,24 @@ def _load_own(path: Path) -> RouterFile:
     if metadata.get("content_hash") != _content_hash(logits, schedule, info):
         raise HarmonicaError(f"{path} does not match its content hash; fetch or export it again")
     try:
-        fields = json.loads(info)
+        fields = parse_json(info, "its record")
         if fields["timesteps"] is not None:
             fields["timesteps"] = tuple(fields["timesteps"])
         record = RouterInfo(**fields)
-        table = Schedule.from_dict(json.loads(schedule), tensors) if schedule else None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise HarmonicaError(f"{path} has malformed metadata ({error}); export it again") from None
+        read = parse_json(schedule, "its schedule") if schedule else None
+        table = None if read is None else Schedule.from_dict(read, tensors)
+        if table is not None and table.compute.shape != logits.shape:
+            raise ValueError("its schedule and its scores do not fit each other")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise HarmonicaError(
+            f"{path} has malformed metadata ({first_line(error)}); export it again"
+        ) from None
     return RouterFile(logits, record, table)
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a value is a plain tensor of real numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
 
 
 def _load_published(path: Path) -> RouterFile:
@@ -314,7 +326,7 @@ def _load_published(path: Path) -> RouterFile:
         raise HarmonicaError(f"{path} holds no router; pass a file that train_router.py wrote")
     rows = [content.get(f"{i}.prob") for i in range(len(content))]
     if (
-        not all(isinstance(row, Tensor) and row.is_floating_point() for row in rows)
+        not all(_is_row(row) for row in rows)
         or len({row.numel() for row in rows}) != 1
         or rows[0].numel() == 0
     ):
@@ -360,7 +372,8 @@ def load_router(path: Path, flag: str = "--path") -> RouterFile:
         ]
         if (path / "config.yaml").is_file() and not candidates[0].is_file():
             raise HarmonicaError(
-                f"{flag} {path} is a run that has not exported its router; let it finish"
+                f"{flag} {path} is a run that has not exported its router; let it finish, or "
+                "go on with train_router.py --resume"
             )
         path = next((file for file in candidates if file.is_file()), candidates[0])
     existing_file(path, flag)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harmonica.config import LENGTH_AND_OUTPUT, REMEDIES, BackboneConfig, TrainConfig
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_json, write_atomically
+from harmonica.files import parse_json, read_json, write_atomically
 from harmonica.lock import held
 from harmonica.options import read_preset, to_yaml
 
@@ -149,8 +149,8 @@ class RunDirectory:
             return
         kept = []
         for line in path.read_text(errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                if line.endswith("\n") and json.loads(line)["update"] <= updates:
+            with contextlib.suppress(HarmonicaError, TypeError, KeyError):
+                if line.endswith("\n") and parse_json(line, "a line")["update"] <= updates:
                     kept.append(line)
         write_atomically(path, "".join(kept).encode())
 

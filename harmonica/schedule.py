@@ -13,11 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_json, write_atomically
+from harmonica.files import first_line, read_json, write_atomically
 from harmonica.flops import Costs
 from harmonica.predictors import LAST, Predictor, from_dict, to_dict
 
 FORMAT = 1
+# A row of one step; sums over a trajectory stay within 64 bits.
+MOST_MACS = 2**50
 # What stands in for what is not computed: what the predictor makes of a branch's values; or, for a
 # stretch of blocks that is reused whole, the difference that it made to its input, or its output.
 REUSES = ("branches", "blocks", "outputs")
@@ -157,8 +159,12 @@ class Schedule:
             table = np.array(table, dtype=bool)
             predictor = from_dict(content.get("predictor", {"name": "last"}), table.shape, tensors)
             schedule = cls(table, costs, reuses, predictor)
-        except (KeyError, TypeError, ValueError) as error:
-            raise HarmonicaError(f"the schedule is malformed ({error}); export it again") from None
+            if min(costs.macs, default=0) < 0 or costs.rest < 0 or not 0 < costs.total < MOST_MACS:
+                raise ValueError("its MACs are out of range")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise HarmonicaError(
+                f"the schedule is malformed ({first_line(error)}); export it again"
+            ) from None
         if content.get("hash") != schedule.hash:
             raise HarmonicaError("the schedule does not match its hash; the file was changed")
         return schedule

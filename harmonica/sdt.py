@@ -71,14 +71,15 @@ def learn_step(
     update: Callable[[StepError], None],
 ) -> Tensor:
     """Teacher and student at step s from the same x; returns the student's output, detached."""
+    batch.conditioning(s)  # shared with the student, whose gradients need it
     # Teacher.
-    with torch.no_grad():
+    with torch.inference_mode():
         teacher = batch.predict(s, x)
     # Student.
     logits = router.row(s)
-    branches = masking.branches(cache, s, logits)
+    branches = masking.branches([cache], s, logits)
     student = batch.predict(s, x, branches)
-    masking.store(cache, s, branches)
+    masking.store([cache], s, branches)
     # Router update.
     finite = batch.finite(teacher) & batch.finite(student.detach())
     error = batch.output_error(teacher, student)

@@ -15,7 +15,7 @@ from harmonica.backbone import load_backbone
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
 from harmonica.consensus import Consensus
-from harmonica.engine import EAGER
+from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.interruption import Interruption
 from harmonica.learner import Learner, StepwiseLearner
@@ -27,6 +27,7 @@ from harmonica.router import RouterFile, save_router
 from harmonica.run_directory import RunDirectory
 from harmonica.sampling import load_schedule, sample
 from harmonica.trajectory_learner import TrajectoryLearner
+from models.transformer import call_block
 
 PREVIEW_IMAGES = 12
 CHECKPOINT_FORMAT = 1
@@ -35,14 +36,23 @@ CHECKPOINT_FORMAT = 1
 class Trainer:
     """One training run of a router; ``run()`` does it all and returns the run directory."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, *, random_weights: bool = False):
+        """``random_weights``: freshly initialised ones, for measuring speed."""
         self.config = config
         self.accelerator = _accelerator(config)
         # One process of a machine fetches missing weights, the others find them.
         with self.accelerator.local_main_process_first():
-            self.backbone = load_backbone(config, self.accelerator.device)
+            self.backbone = load_backbone(
+                config, self.accelerator.device, random_weights=random_weights
+            )
             self.decode = load_decoder(config, self.accelerator.device)
-        batches = Batches(self.accelerator, self.backbone, config.global_seed, config.compares_all)
+        # The trajectory objective makes its own checkpoints, and no graph of what it decides.
+        run = call_block
+        if config.objective == "sdt":
+            run = block_runner(self.backbone.how.compiles, config.activation_checkpointing)
+        batches = Batches(
+            self.accelerator, self.backbone, config.global_seed, config.compares_all, run
+        )
         self.interruption = Interruption()
         consensus = Consensus(self.accelerator, self.interruption)
         frozen = None

@@ -119,8 +119,7 @@ class TrajectoryLearner:
             self.router.clamp(s)
         self.updates += 1
         self.average.lerp_(self.router.logits(), 1 - AVERAGING)
-        last = remaining is not None and remaining <= 1
-        if last or self.updates % self.config.held_out_every == 0:
+        if self.updates % self.config.held_out_every == 0:
             self._try(self._schedule_of(self.average), self.average.clone())
         means = self.accelerator.reduce(
             torch.stack([loss.detach(), errors.detach().mean()]), "mean"
@@ -157,7 +156,12 @@ class TrajectoryLearner:
         learning_curve(folder / "held_out.png", self.history)
 
     def finish(self) -> None:
-        """Flips, and coefficients in closed form, as far as they were asked for."""
+        """A last trial; flips, and coefficients in closed form, as far as they were asked for.
+
+        None of it is part of a checkpoint: a run that goes on never made it.
+        """
+        if self.updates % self.config.held_out_every:
+            self._try(self._schedule_of(self.average), self.average.clone())
         if self.config.refine:
             self._refine()
         self.best = self.values.fitted(self.best)

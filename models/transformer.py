@@ -76,6 +76,13 @@ class Block(Protocol):
     def __call__(self, x: Tensor, parts: tuple[Part, ...], *branches: Branch) -> Tensor: ...
 
 
+def call_block(
+    block: Block, x: Tensor, parts: tuple[Part, ...], branches: tuple[Branch, ...]
+) -> Tensor:
+    """The way to run a block that does nothing else."""
+    return block(x, parts, *branches)
+
+
 class DiffusionTransformer(nn.Module):
     """A model with a branch handed in for every residual update.
 
@@ -148,9 +155,17 @@ class DiffusionTransformer(nn.Module):
         raise NotImplementedError
 
     def evaluate(
-        self, x: Tensor, conditioning: Conditioning, branches: Sequence[Branch] | None = None
+        self,
+        x: Tensor,
+        conditioning: Conditioning,
+        branches: Sequence[Branch] | None = None,
+        run: Callable[..., Tensor] = call_block,
     ) -> Tensor:
-        """One model evaluation where the conditioning is known already; see ``forward``."""
+        """One model evaluation where the conditioning is known already; see ``forward``.
+
+        Args:
+            run: takes what ``call_block`` takes; compiled, or with checkpoints.
+        """
         count = len(self.branch_names)
         if branches is None:
             branches = [compute] * count
@@ -162,7 +177,7 @@ class DiffusionTransformer(nn.Module):
         for k, (block, parts) in enumerate(zip(self.blocks, conditioning.blocks, strict=True)):
             if k in joins:
                 x = block.join(x, outputs.pop(joins[k]))
-            x = block(x, parts, *islice(following, len(parts)))
+            x = run(block, x, parts, tuple(islice(following, len(parts))))
             if k in joins.values():
                 outputs[k] = x
         return self.head(x, conditioning, size)

@@ -6,9 +6,7 @@ matrix products, measured in the same run; and what the cache holds.
 """
 
 import json
-import platform
 import resource
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
 from harmonica.sampling import load_schedule, trajectories
 from harmonica.schedule import Schedule
-from harmonica.timing import Timing, timed
+from harmonica.timing import Timing, machine, timed
 
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -84,11 +82,7 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **machine(device),
         "rows": rows,
         "cur": schedule.cur,
         "seconds_uncached": vars(times["uncached"]),

@@ -1,78 +1,117 @@
 """Cost of router training: `python scripts/bench_training.py`, with the flags of train_router.py.
 
 Prints the time of one router update as a multiple of one plain forward of the same rows (3 is the
-ideal: teacher, student, backward), the model evaluations of one lambda refresh, and peak memory.
-Forwards and updates are timed in turn, so that a busy moment hits both; ratios are per pair.
+ideal: teacher, student, backward), what a lambda refresh costs, peak memory, and how long the
+published 20,000 updates would take. Forwards and updates are timed in turn, so that a busy moment
+hits both; ratios are per pair.
 """
 
+import json
 import resource
 import statistics
-import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError, run_command
-from harmonica.options import parse
+from harmonica.files import write_atomically
+from harmonica.learner import StepwiseLearner
+from harmonica.options import option, parse, plain
+from harmonica.timing import machine, seconds
 from harmonica.trainer import Trainer
 
-TRAJECTORIES = 6
+PUBLISHED_UPDATES = 20_000
+
+
+@dataclass(frozen=True)
+class BenchConfig(TrainConfig):
+    """What is timed."""
+
+    random_weights: bool = option(False, "speed does not depend on weights: draw them")
+    repeats: int = option(6, "timed trajectories after one warm-up", low=1)
+    out: Path | None = option(None, "JSON report")
 
 
 @run_command
 def bench() -> None:
-    config = parse(TrainConfig, __doc__.split("\n")[0])
-    if config.method != "harmonica":
-        raise HarmonicaError(f"--method {config.method} has no trajectories to time; drop it")
-    measure(Trainer(config))
+    config = parse(BenchConfig, __doc__.split("\n")[0])
+    if config.method != "harmonica" or config.objective != "sdt" or config.freeze_schedule:
+        raise HarmonicaError(
+            "this times step-wise denoising training; drop --method, --objective and "
+            "--freeze-schedule"
+        )
+    trainer = Trainer(config, random_weights=config.random_weights)
+    found = measure(config, trainer.learner)
+    for name, value in found.items():
+        print(f"{name:32} {_shown(name, value)}")
+    if config.out is not None:
+        record = {"config": plain(config), **found}
+        write_atomically(config.out, json.dumps(record, indent=1).encode())
 
 
-def seconds(run, device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def measure(config: BenchConfig, learner: StepwiseLearner) -> dict:
+    """Everything that is printed, by name; times in seconds."""
+    backbone, steps = learner.backbone, config.num_sampling_steps
+    device, batch = backbone.device, learner.batches("train", 0, learner.samples)
+    rows = learner.samples * backbone.guidance.halves
 
-
-def measure(trainer: Trainer) -> None:
-    device, steps = trainer.backbone.device, trainer.config.num_sampling_steps
-    learner = trainer.learner
-    batch = learner.batches("train", 0, learner.samples)
-
-    @torch.no_grad()
+    @torch.inference_mode()
     def forwards() -> None:
         for s in range(steps):
             batch.predict(s, batch.x_T)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    calls: list[int] = []
-    hook = trainer.backbone.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    sizes: list[int] = []
+    hook = backbone.model.blocks[0].register_forward_hook(
+        lambda _, arguments, __: sizes.append(len(arguments[0]))
+    )
     learner.refresh_weights()
     hook.remove()
-    ratios, per_update = [], []
-    for k in range(TRAJECTORIES + 1):
+    refresh = seconds(learner.refresh_weights, device)
+    # Later trajectories do not refresh: what is timed is updates alone.
+    learner.refresh_at = float("inf")
+    ratios, updates = [], []
+    for k in range(config.repeats + 1):
         forward = seconds(forwards, device) / steps
         # The first step of a trajectory is one plain forward without an update.
-        update = (seconds(lambda: learner.sweep(), device) - forward) / (steps - 1)
+        update = (seconds(learner.sweep, device) - forward) / (steps - 1)
         if k > 0:  # the first pair warms up
             ratios.append(update / forward)
-            per_update.append(update)
-    rows = learner.samples * trainer.backbone.guidance.halves
-    print(f"device                   {device}, {torch.get_num_threads()} threads, {rows} rows")
-    print(f"one router update        {statistics.median(per_update) * 1e3:.1f} ms")
-    print(
-        f"in plain forwards        {statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}, {TRAJECTORIES} trajectories; ideal 3)"
-    )
-    limit = steps + steps * (steps - 1) // 2
-    print(f"lambda refresh           {len(calls)} model evaluations (T + T(T-1)/2 = {limit})")
+            updates.append(update)
+    per_update = statistics.median(updates)
+    trajectories = PUBLISHED_UPDATES / (steps - 1)
+    found = {
+        **machine(device),
+        "rows": rows,
+        "seconds_per_update": per_update,
+        "forwards_per_update": statistics.median(ratios),
+        "forwards_per_update_range": [min(ratios), max(ratios)],
+        "refresh_evaluations": sum(sizes) / (learner.lambda_samples * backbone.guidance.halves),
+        "refresh_evaluations_limit": steps + steps * (steps + 1) // 2,
+        "refresh_forwards": len(sizes),
+        "refresh_seconds": refresh,
+        "hours_of_published_updates": (
+            PUBLISHED_UPDATES * per_update
+            + trajectories * per_update / statistics.median(ratios)
+            + PUBLISHED_UPDATES / config.lambda_c * refresh
+        )
+        / 3600,
+        "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        print(f"peak memory, GPU         {peak:.2f} GiB")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory, process     {peak:.2f} GiB")
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def _shown(name: str, value: object) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.2f} GiB"
+    if name.endswith("_range"):
+        return " to ".join(f"{bound:.2f}" for bound in value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from harmonica.prompts import (
     read_prompts,
     save_prompts,
 )
+from models import MODELS
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,33 @@ class EncodeConfig(Options):
     """What is encoded, with what."""
 
     prompts: Path = option(BUNDLED_PROMPTS, "UTF-8 text, a prompt a line")
-    text_encoder: str = option(
-        "PixArt-alpha/PixArt-XL-2-1024-MS",
-        "T5, or a pipeline with one: repository of the Hub, or folder",
+    model: str = option("PixArt-alpha-XL/2", "model of the zoo that is to read them")
+    text_encoder: str | None = option(
+        None, "T5, or a pipeline with one: repository of the Hub, or folder; default: the model's"
     )
-    max_tokens: int = option(
-        120, "tokens of a prompt, the rest is cut: 120 for PixArt-alpha, 300 for Sigma", low=2
+    max_tokens: int | None = option(
+        None, "tokens of a prompt, the rest is cut; default: the model's", low=2
     )
     batch_size: int = option(16, "prompts per forward", low=1)
     out: Path = option(Path("prompts.safetensors"), "embeddings, masks and the null prompt")
+
+    def __post_init__(self):
+        spec = MODELS.get(self.model)
+        if spec is None or spec.text_encoder is None:
+            return  # refused by ``check``
+        if self.text_encoder is None:
+            object.__setattr__(self, "text_encoder", spec.text_encoder)
+        if self.max_tokens is None:
+            object.__setattr__(self, "max_tokens", spec.config.max_tokens)
+
+    def check(self) -> None:
+        """Also: a model that reads prompts."""
+        super().check()
+        readers = [name for name, spec in MODELS.items() if spec.text_encoder is not None]
+        if self.model not in readers:
+            raise HarmonicaError(
+                f"--model {self.model} reads no prompts; use {' or '.join(readers)}"
+            )
 
 
 def check_output(config: EncodeConfig, texts: list[str]) -> bool:

@@ -30,7 +30,7 @@ from harmonica.backbone import load_backbone
 from harmonica.config import BackboneConfig
 from harmonica.diffusion import TRAIN_STEPS, Diffusion
 from harmonica.errors import HarmonicaError, run_command
-from harmonica.files import existing_file, write_atomically, write_torch
+from harmonica.files import existing_file, read_torch, write_atomically, write_torch
 from harmonica.labelled_images import load_labelled_images
 from harmonica.options import CommandParser, flag_of
 from harmonica.plots import image_grid
@@ -181,10 +181,11 @@ def train(args: argparse.Namespace) -> None:
     )
     checkpoint, step, seconds = args.out / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = read_torch(checkpoint)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, step, seconds = state["ema"], state["step"], state.get("seconds", 0.0)
+        ema = {name: value.to(device) for name, value in state["ema"].items()}
+        step, seconds = state["step"], state.get("seconds", 0.0)
 
     forward = torch.compile(model)
     loss_fn = HybridLoss(Diffusion.respaced(TRAIN_STEPS), device)

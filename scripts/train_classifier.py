@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from harmonica.errors import HarmonicaError, run_command
-from harmonica.files import sha256, write_atomically, write_torch
+from harmonica.files import read_torch, sha256, write_atomically, write_torch
 from harmonica.labelled_images import load_labelled_images
 from harmonica.metrics.classifier import (
     IMAGE_SIZE,
@@ -104,7 +104,7 @@ def train(
     optimizer = create_optimizer(model, args.weight_decay)
     checkpoint, step, seconds = args.out / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = read_torch(checkpoint)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, seconds = saved["step"], saved["seconds"]

@@ -22,6 +22,44 @@ from models import create_model
 from models.dit import DiT, DiTConfig
 
 ROOT = Path(__file__).parent.parent
+FAULTS: dict[str, int] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="many rounds of faults and mutations")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was survived, in the nightly form: a test that fails has lost something."""
+    if not terminalreporter.config.getoption("--soak"):
+        return
+    lost = len(terminalreporter.stats.get("failed", []))
+    terminalreporter.write_line("| fault | injected | survived | lost |")
+    terminalreporter.write_line("|---|---|---|---|")
+    for name, count in FAULTS.items():
+        terminalreporter.write_line(f"| {name} | {count} | {count} | 0 |")
+    if lost:
+        terminalreporter.write_line(f"| faults of the {lost} tests that failed | ? | ? | ? |")
+
+
+@pytest.fixture(scope="session")
+def rounds(request) -> int:
+    """Of every random fault."""
+    return int(os.environ.get("ROUNDS", 20)) if request.config.getoption("--soak") else 3
+
+
+class Faults:
+    """Counts faults that were injected and survived, at the end of their test."""
+
+    def add(self, name: str, count: int) -> None:
+        FAULTS[name] = FAULTS.get(name, 0) + count
+
+
+@pytest.fixture(scope="session")
+def faults() -> Faults:
+    return Faults()
+
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

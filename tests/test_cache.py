@@ -44,9 +44,9 @@ def test_blend_with_weights_of_zero_and_one_is_replay(golden: Golden):
     masking = Masking(schedule.compute, "soft", stores_fresh=False)
 
     def predict(s, x):
-        branches = masking.branches(cache, s, logits[s])
+        branches = masking.branches([cache], s, logits[s])
         output = batch.predict(s, x, branches)
-        masking.store(cache, s, branches)
+        masking.store([cache], s, branches)
         return output
 
     with torch.no_grad():
@@ -61,9 +61,9 @@ def test_hard_masks_replay_and_pass_gradients_through(golden: Golden):
     masking = Masking(schedule.compute, "hard", stores_fresh=False)
 
     def predict(s, x):
-        branches = masking.branches(cache, s, logits[s])
+        branches = masking.branches([cache], s, logits[s])
         output = batch.predict(s, x, branches)
-        masking.store(cache, s, branches)
+        masking.store([cache], s, branches)
         return output
 
     x = batch.walk(State(batch.x_T), predict).x
@@ -85,18 +85,18 @@ def test_blend_stores_the_blend_or_the_fresh_value():
     for fresh, expected in ((False, 2.5), (True, 3.0)):
         masking, cache = Masking(np.ones((2, 1), dtype=bool), "soft", fresh), Cache(1)
         for s, plus, seen in ((0, 2, 2.0), (1, 3, 2.5)):
-            branches = masking.branches(cache, s, torch.zeros(1))
+            branches = masking.branches([cache], s, torch.zeros(1))
             assert branches[0](lambda x, plus=plus: x + plus, torch.zeros(1)).item() == seen
-            masking.store(cache, s, branches)
+            masking.store([cache], s, branches)
         assert cache.predict(0, 2).item() == expected
 
 
 def test_below_the_cut_the_cache_keeps_its_value():
     masking, cache = Masking(np.array([[True], [False]]), "soft", False), Cache(1)
     for s, plus in ((0, 2), (1, 9)):
-        branches = masking.branches(cache, s, torch.zeros(1))
+        branches = masking.branches([cache], s, torch.zeros(1))
         branches[0](lambda x, plus=plus: x + plus, torch.zeros(1))
-        masking.store(cache, s, branches)
+        masking.store([cache], s, branches)
     assert cache.predict(0, 2).item() == 2
 
 

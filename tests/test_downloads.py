@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.drop_at: int | None = None
         self.announced: str | None = None
+        self.moved_to: str | None = None
         self.content = CONTENT
         self.ranges: list[str | None] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -43,6 +44,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, wanted = self.server, self.headers.get("Range")
         server.ranges.append(wanted)
+        if server.moved_to and self.path != "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", server.moved_to)
+            self.end_headers()
+            return
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         if wanted and start >= len(server.content):
             self.send_response(416)
@@ -135,6 +141,17 @@ def test_a_partial_file_that_is_too_long_is_started_again(server, tmp_path):
 def test_a_whole_partial_file_is_taken(server, tmp_path):
     (tmp_path / ".weights.pt.0.part").write_bytes(CONTENT)
     assert fetch(source(server.url), tmp_path).read_bytes() == CONTENT
+
+
+def test_only_https_is_answered(server, tmp_path):
+    """Neither at first nor where a server sends us on to."""
+    with pytest.raises(HarmonicaError, match="InvalidSchema"):
+        fetch(source("http://example.org/weights.pt"), tmp_path)
+    server.moved_to = f"http://127.1:{server.server_port}/elsewhere"
+    with pytest.raises(HarmonicaError, match="InvalidSchema"):
+        fetch(source(server.url), tmp_path)
+    assert len(server.ranges) == 2  # it would have answered there
+    assert left_behind(tmp_path) == []
 
 
 def test_an_error_page_is_not_a_checkpoint(server, tmp_path):

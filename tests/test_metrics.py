@@ -19,6 +19,7 @@ from torchvision.models import alexnet
 from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.evaluation import evaluate_and_report
+from harmonica.files import Npz
 from harmonica.metrics import distribution
 from harmonica.metrics.classifier import CifarClassifier, CifarFeatures
 from harmonica.metrics.clip import ClipScore
@@ -33,7 +34,6 @@ from harmonica.metrics.distribution import (
 from harmonica.metrics.extractor import load_extractor
 from harmonica.metrics.images import Batch, FolderImages, NpzImages
 from harmonica.metrics.inception import Inception
-from harmonica.metrics.npz import Npz
 from harmonica.metrics.paired import load_lpips, paired_rows
 from harmonica.metrics.reference import open_reference, save_reference
 from harmonica.metrics.weights import METRIC_WEIGHTS

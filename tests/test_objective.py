@@ -35,7 +35,10 @@ def rollout(student: Student, logits: torch.Tensor) -> torch.Tensor:
     computes = student.masking.computes | logits.isinf().numpy()
     varied = replace(student, logits=logits, masking=replace(student.masking, computes=computes))
     start = State(student.trajectories.x_T)
-    return student.trajectories.walk(start, varied.predict(Cache(logits.shape[1]))).x
+    state, cache = start, Cache(logits.shape[1])
+    for s in range(len(logits)):
+        state, _ = varied.step(s, state, cache)
+    return state.x
 
 
 @pytest.mark.parametrize("estimator", [leave_one_out, cumulative])
@@ -75,17 +78,33 @@ def test_shared_prefixes_change_nothing(golden: Golden, sampler):
 
 
 @pytest.mark.parametrize("estimator", [leave_one_out, cumulative])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("count", [2, 3, 100])
+def test_side_by_side_changes_nothing(golden: Golden, estimator, sampler, count):
+    alone = student(golden, sampler=create_sampler(sampler, golden.num_steps))
+    rows = len(alone.trajectories.x_T) * alone.trajectories.guidance.halves
+    together = replace(alone, most_rows=count * rows)
+    one, other = estimator(alone), estimator(together)
+    assert relative(other.image[1:], one.image[1:]) < 1e-4
+    assert relative(other.output[1:], one.output[1:]) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", [leave_one_out, cumulative])
 def test_a_refresh_stays_within_its_model_evaluations(golden: Golden, estimator, monkeypatch):
     subject, calls, forward = student(golden), [], type(golden.model).evaluate
 
-    def counted(*arguments):
-        calls.append(1)
-        return forward(*arguments)
+    def counted(model, x, *arguments):
+        calls.append(len(x))
+        return forward(model, x, *arguments)
 
     monkeypatch.setattr(type(golden.model), "evaluate", counted)
-    estimator(subject)
-    steps = golden.num_steps
-    assert len(calls) == steps + steps * (steps - 1) // 2
+    steps, rows = golden.num_steps, 2 * len(subject.trajectories.x_T)
+    for together in (1, 100):
+        calls.clear()
+        estimator(replace(subject, most_rows=together * rows))
+        assert sum(calls) == rows * (steps + steps * (steps - 1) // 2)
+    # Two a step for the base and its forks, and one for what is left of them.
+    assert len(calls) <= 3 * steps
 
 
 @pytest.mark.parametrize("estimator", [leave_one_out, cumulative])

@@ -219,6 +219,11 @@ def test_the_script_encodes_a_text_file_once(tiny_t5, tmp_path, monkeypatch, cap
     assert ended.value.code == 2
     refusal = capsys.readouterr().err
     assert refusal.startswith("error: --out out.safetensors holds something else")
+    with pytest.raises(SystemExit):
+        run("--model", "DiT-XL/2")
+    assert capsys.readouterr().err == (
+        "error: --model DiT-XL/2 reads no prompts; use PixArt-alpha-XL/2 or PixArt-Sigma-XL/2\n"
+    )
 
 
 def test_the_bundled_prompts_are_many_and_varied():

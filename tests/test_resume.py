@@ -79,7 +79,9 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(whole, tmp_path, capsys):
+def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
+    whole, tmp_path, capsys, faults
+):
     directory = train(tmp_path, max_steps=3)
     good = newest(directory)
     assert good.name == "0000002.pt"  # the second trajectory was cut short
@@ -110,10 +112,15 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(whole, tmp_
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
         train(tmp_path, max_steps=7, resume="auto")
+    faults.add("disk full", 1)
+    faults.add("checkpoint cut or with a bit flipped", 2)
 
 
-def test_learning_to_cache_in_parts_ends_like_one(tmp_path, labelled_images):
-    options = {"method": "learning-to-cache", "data": str(labelled_images), "target_cur": 0.2}
+@pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])
+def test_every_way_of_learning_in_parts_ends_like_one(way, tmp_path, labelled_images):
+    options = {"objective": "trajectory", "predictor": "learned", "held_out_batch_size": 2}
+    if way == "learning-to-cache":
+        options = {"method": way, "data": str(labelled_images), "target_cur": 0.2}
     one = train(tmp_path / "one", max_steps=4, **options)
     two = train(tmp_path / "two", max_steps=3, **options)
     train(tmp_path / "two", max_steps=4, resume="auto", **options)
@@ -166,7 +173,7 @@ def test_a_run_that_is_busy_is_made_safe_all_the_same(tmp_path):
     assert written.is_set()
 
 
-def test_a_run_goes_on_only_as_what_it_is(tmp_path):
+def test_a_run_goes_on_only_as_what_it_is(tmp_path, faults):
     directory = train(tmp_path, max_steps=2)
     resume = str(directory.path)
     with (
@@ -174,6 +181,7 @@ def test_a_run_goes_on_only_as_what_it_is(tmp_path):
         pytest.raises(HarmonicaError, match=rf"in use by process {os.getpid()} on \S+, since"),
     ):
         train(tmp_path, max_steps=4, resume="auto")
+    faults.add("second run in the same directory", 1)
     for option, value in {
         "num_sampling_steps": 4, "sampler": "iddpm", "cfg_scale": 2.0, "model": "DiT-Ti/2",
         "global_batch_size": 8, "global_seed": 1,

@@ -22,7 +22,7 @@ from harmonica.config import TrainConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError, OutOfReach
 from harmonica.evaluation import measure_reference
-from harmonica.files import read_json, read_safetensors, write_atomically
+from harmonica.files import read_json, read_safetensors, read_yaml, write_atomically
 from harmonica.image_error import ImageError
 from harmonica.labelled_images import LabelledImages
 from harmonica.metrics.extractor import Extractor, load_extractor
@@ -119,7 +119,9 @@ class Comparison:
         if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_ours)):
             raise HarmonicaError(f"--out {out} is no folder of a comparison; pass another")
         if path.is_file():
-            earlier = yaml.safe_load(path.read_text())
+            earlier = read_yaml(path)
+            if not isinstance(earlier, dict):
+                raise HarmonicaError(f"{path} is no record of a comparison; pass another folder")
             for key, value in values.items():
                 if key not in free and earlier.get(key) != value:
                     raise HarmonicaError(

@@ -31,7 +31,7 @@ class ClipScore:
                 "--prompts needs transformers; install the project with its extra [text]"
             ) from None
         try:
-            self._model = CLIPModel.from_pretrained(name).eval().to(device)
+            self._model = CLIPModel.from_pretrained(name, use_safetensors=True).eval().to(device)
             self._processor = CLIPProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:160]

@@ -7,12 +7,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import sha256
-from harmonica.metrics.npz import Npz
+from harmonica.files import Npz, read_image, sha256
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -102,15 +100,9 @@ class FolderImages:
     def _load(self, file: Path) -> np.ndarray:
         """(H, W, 3) uint8."""
         try:
-            with Image.open(file) as image:
-                if image.mode not in ("RGB", "L"):
-                    raise ValueError(f"its mode is {image.mode}, not RGB")
-                return np.array(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = str(error).split("\n")[0]
-            raise HarmonicaError(
-                f"{self._flag}: {file} cannot be read ({reason}); replace or remove it"
-            ) from None
+            return read_image(file)
+        except HarmonicaError as error:
+            raise HarmonicaError(f"{self._flag}: {error}") from None
 
     def read(self, indices: range) -> Batch:
         images = []

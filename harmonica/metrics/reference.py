@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import sha256, write_atomically
+from harmonica.files import Npz, sha256, write_atomically
 from harmonica.metrics import METRICS
 from harmonica.metrics.collect import Rows
 from harmonica.metrics.distribution import Moments
 from harmonica.metrics.extractor import Extractor
 from harmonica.metrics.images import FolderImages, NpzImages
-from harmonica.metrics.npz import Npz
 from harmonica.metrics.weights import REFERENCES, bundled
 
 FLAG = "--reference"

@@ -69,9 +69,12 @@ class SinglestepDPMSolver:
 
 
 def _orders(num_steps: int, order: int) -> list[int]:
-    """Orders of the steps: as many of the highest as fit, and what is left over at the end."""
+    """Orders of the steps: as many of the highest as fit, and what is left over at the end.
+
+    A step of order k covers k of ``num_steps`` equal parts of t (DPM-Solver, section 3.4).
+    """
     rest = num_steps % order
-    if order == 3 and rest == 0:  # the last steps are of lower order, where t moves least
+    if order == 3 and rest == 0:  # as published: where log-SNR moves fast, steps are short
         return [3] * (num_steps // 3 - 1) + [2, 1]
     return [order] * (num_steps // order) + [rest] * (rest > 0)
 
@@ -84,7 +87,7 @@ def _data_weights(r: float, node: float, h: float, order: int) -> tuple[float, f
     constant, like Algorithm 1 there.
     """
     constant = -np.expm1(-r * h)
-    linear = constant * r / 2 if order == 2 else r - constant / h
+    linear = constant / 2 if order == 2 else r - constant / h
     return constant - linear / node, linear / node
 
 

@@ -1,5 +1,6 @@
 """Arrays of an npz file, read a stretch of rows at a time; nothing in the file is unpickled."""
 
+import lzma
 import math
 import zipfile
 import zlib
@@ -9,13 +10,15 @@ from typing import IO
 import numpy as np
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import existing_file
+from harmonica.files.npy import Pickled, read_header
+from harmonica.files.reading import existing_file, first_line
 
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, NotImplementedError,
+    OverflowError, ValueError, EOFError,
+)  # fmt: skip
+# A few bytes of a compressed file can stand for as many as they like.
+MOST_BYTES = 4 << 30
 
 
 class Npz:
@@ -49,34 +52,24 @@ class Npz:
             )
         try:
             return self._open(name)
+        except Pickled:
+            raise HarmonicaError(
+                f"{self.flag} {self.path}: {name} holds pickled objects, which are never loaded; "
+                "save plain arrays"
+            ) from None
         except _DAMAGED as error:
             raise self._damaged(error) from None
 
     def _open(self, name: str) -> "NpzArray":
         entry = self._archive.getinfo(f"{name}.npy")
         file = self._archive.open(entry)
-        version = np.lib.format.read_magic(file)
-        if version not in _HEADERS:
-            raise ValueError(f"npy format {version} is not known")
-        shape, is_fortran, dtype = _HEADERS[version](file)
-        if dtype.hasobject:
-            raise HarmonicaError(
-                f"{self.flag} {self.path}: {name} holds pickled objects, which are never loaded; "
-                "save plain arrays"
-            )
-        if is_fortran and len(shape) > 1:
-            raise HarmonicaError(
-                f"{self.flag} {self.path}: {name} is in Fortran order; save it in C order"
-            )
-        start = file.tell()
-        if entry.file_size - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} is shorter or longer than its header says")
+        shape, dtype, start = read_header(file, entry.file_size)
         return NpzArray(self, name, shape, dtype, file, start)
 
     def _damaged(self, error: Exception) -> HarmonicaError:
-        reason = (str(error) or type(error).__name__).split("\n")[0]
         return HarmonicaError(
-            f"{self.flag} {self.path} is not a whole npz file ({reason}); copy or make it again"
+            f"{self.flag} {self.path} is not a whole npz file ({first_line(error)}); copy "
+            "or make it again"
         )
 
 
@@ -112,6 +105,8 @@ class NpzArray:
 
     def _read(self, offset: int, size: int) -> bytearray:
         try:
+            if size > MOST_BYTES:
+                raise ValueError(f"{self.name} is larger than {MOST_BYTES >> 30} GB")
             self._file.seek(self._start + offset)
             data = self._file.read(size)
         except _DAMAGED as error:

@@ -1,0 +1,58 @@
+"""Every file that the project reads or writes goes through here.
+
+Writes are atomic. What is read may come from anybody: it can be refused in one sentence, and it
+can do nothing else.
+"""
+
+from harmonica.files.npz import Npz, NpzArray
+from harmonica.files.reading import (
+    confined_extraction,
+    existing_file,
+    first_line,
+    is_safetensors,
+    parse_json,
+    read_array,
+    read_image,
+    read_json,
+    read_safetensors,
+    read_text,
+    read_torch,
+    read_yaml,
+)
+from harmonica.files.writing import (
+    atomic_file,
+    read_checked,
+    record_of,
+    recorded,
+    sha256,
+    write_atomically,
+    write_checked,
+    write_record,
+    write_torch,
+)
+
+__all__ = [
+    "Npz",
+    "NpzArray",
+    "atomic_file",
+    "confined_extraction",
+    "existing_file",
+    "first_line",
+    "is_safetensors",
+    "parse_json",
+    "read_array",
+    "read_checked",
+    "read_image",
+    "read_json",
+    "read_safetensors",
+    "read_text",
+    "read_torch",
+    "read_yaml",
+    "record_of",
+    "recorded",
+    "sha256",
+    "write_atomically",
+    "write_checked",
+    "write_record",
+    "write_torch",
+]

@@ -1,0 +1,48 @@
+"""Compiled and checkpointed training steps compute what the plain one does."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import Golden, relative
+
+from harmonica.cache import Masking
+from harmonica.engine import block_runner
+from harmonica.objective import iepo_loss
+from harmonica.router import Router, threshold_schedule
+from harmonica.sdt import train_trajectory
+
+
+def gradients(golden: Golden, run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every row of the scores, and where the student ends."""
+    router = Router(golden.logits)
+    schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
+    batch = golden.trajectories(run=run)
+    masking = Masking(schedule.compute, "soft", stores_fresh=True)
+    end = train_trajectory(
+        batch, router, masking, lambda o: iepo_loss(o.error, o.scores, 1.0, 0.0).backward()
+    )
+    return torch.stack([row.grad for row in router.rows]), end.x
+
+
+@pytest.mark.parametrize(
+    "compiles",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
+def test_a_checkpointed_or_compiled_step_has_the_same_gradients(golden: Golden, compiles):
+    plain, end = gradients(golden, block_runner(False, False))
+    for checkpoints in (False, True):
+        found, other = gradients(golden, block_runner(compiles, checkpoints))
+        if compiles:
+            assert relative(found, plain) < 1e-3 and relative(other, end) < 1e-5
+        else:
+            assert torch.equal(found, plain) and torch.equal(other, end)

@@ -1,0 +1,311 @@
+"""Faults while it runs: what was made stands, what is lost is bounded, what comes out is the same.
+
+``--soak`` is the nightly form: many rounds of every fault, and a table at the end.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from processes import Group
+from test_resume import content
+
+from harmonica.checkpoint import Checkpoints, unpack
+from harmonica.files import sha256
+
+pytestmark = pytest.mark.slow
+
+CKPT_EVERY = 2
+TRAIN = [
+    "--num-sampling-steps", "3", "--global-batch-size", "4", "--cfg-scale", "1", "--lambda-c", "8",
+    "--log-every", "1", "--ckpt-every", CKPT_EVERY, "--resume", "auto", "--results-dir", "runs",
+]  # fmt: skip
+SAMPLE = [
+    "--num-sampling-steps", "2", "--cfg-scale", "1", "--num-samples", "40", "--shard-size", "4",
+    "--out", "out",
+]  # fmt: skip
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "runs" / "000-DiT-Ti-4-T3"
+
+
+def learned(folder: Path) -> str:
+    """Hash of the newest whole checkpoint's training state."""
+    found, _ = Checkpoints(run_of(folder) / "checkpoints", 1, 2).latest()
+    return content(unpack(found)["learner"])
+
+
+def updates(folder: Path) -> int:
+    """How far the run has come, whether it is safe or not."""
+    metrics = run_of(folder) / "metrics.jsonl"
+    return 2 * metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def without_pictures() -> None:
+    """They take longer than the training here."""
+    from harmonica.trainer import Trainer
+
+    Trainer._export = lambda self, directory: None
+
+
+def broken_sample() -> None:
+    """One sample of the second process is not a number in the third trajectory."""
+    from harmonica.batches import Batches
+
+    sound = Batches.__call__
+
+    def broken(self, purpose, number, samples):
+        batch = sound(self, purpose, number, samples)
+        if (purpose, number, self.accelerator.process_index) == ("train", 2, 1):
+            batch.x_T[0] = torch.nan
+        return batch
+
+    Batches.__call__ = broken
+
+
+def slow_disk() -> None:
+    """Files take a while to be written, checkpoints among them."""
+    without_pictures()
+    sync = os.fsync
+
+    def slow(descriptor):
+        time.sleep(0.05)
+        sync(descriptor)
+
+    os.fsync = slow
+
+
+def clock_going_backwards() -> None:
+    without_pictures()
+    start = time.time()
+    time.time = lambda: start - 10 * (time.monotonic() % 1000)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, rounds) -> tuple[str, int]:
+    """What two processes learn without any fault, and in how many updates."""
+    folder, total = tmp_path_factory.mktemp("trained"), 4 + 2 * rounds
+    group = Group("train", *TRAIN, "--max-steps", total, folder=folder, fault=without_pictures)
+    assert group.wait() == [0, 0], group.said()
+    return learned(folder), total
+
+
+def test_kill_9_of_a_training_process(trained, tmp_path, rounds, faults):
+    """At random moments: the others end, what is lost is bounded, what is learned is the same."""
+    expected, total = trained
+    draw, killed = random.Random(rounds), 0
+    while killed < rounds:
+        group = Group(
+            "train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=without_pictures
+        )
+        reached = min(updates(tmp_path) + draw.randint(1, 3), total - 1)
+        group.wait_until(lambda: updates(tmp_path) >= reached)  # noqa: B023
+        time.sleep(draw.random() / 8)
+        if not group.is_running:
+            break
+        victim = draw.randrange(2)
+        group.kill(victim)
+        survivor = group.wait()[1 - victim]
+        assert survivor in (0, 2), group.said()
+        killed += 1
+        done = updates(tmp_path)
+        stands = max(
+            (int(p.stem) for p in (run_of(tmp_path) / "checkpoints").glob("*.pt")), default=0
+        )
+        assert done - stands <= CKPT_EVERY, f"{done} updates were made and {stands} are safe"
+    group = Group("train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=without_pictures)
+    assert group.wait() == [0, 0], group.said()
+    assert learned(tmp_path) == expected
+    faults.add("kill -9 of a training process", killed)
+
+
+def test_kill_9_of_a_sampling_process(tmp_path, rounds, faults):
+    one, many = tmp_path / "one", tmp_path / "many"
+    one.mkdir(), many.mkdir()
+    assert Group("sample", *SAMPLE, folder=one, ranks=1).wait() == [0]
+    draw, shards = random.Random(rounds), many / "out" / "shards"
+    count = lambda: len(list(shards.glob("*.json")))  # noqa: E731
+    for number in range(rounds):
+        if count() >= 8:  # begin again: there has to be something to do
+            for path in draw.sample(sorted(shards.glob("*.json")), 6):
+                path.unlink()
+        group = Group("sample", *SAMPLE, folder=many, ranks=2 + number % 2)
+        before = count()
+        group.wait_until(lambda: count() > before)  # noqa: B023
+        time.sleep(draw.random() / 8)
+        for rank in range(len(group.processes)):
+            if rank == number % 2 or draw.random() < 0.5:
+                group.kill(rank)
+        group.wait()
+    group = Group("sample", *SAMPLE, "--batch-size", "3", folder=many, ranks=2)
+    assert group.wait() == [0, 0], group.said()
+    name = "out/samples_40x32x32x3.npz"
+    assert sha256(many / name) == sha256(one / name)
+    assert not list(many.rglob("*.tmp"))
+    faults.add("kill -9 of sampling processes", rounds)
+
+
+def test_a_sample_that_is_not_finite_on_one_process_stops_all(tmp_path, faults):
+    group = Group("train", *TRAIN, "--max-steps", 12, folder=tmp_path, fault=broken_sample)
+    assert group.wait() == [2, 2]
+    said = group.said()
+    # Batches of four, two to a process: the first of the second process's third is 10.
+    assert "not finite at step 1 of trajectory 2, update 4 (samples 10)" in said
+    assert "the last good checkpoint is runs/000-DiT-Ti-4-T3/checkpoints/0000004.pt" in said
+    assert "Traceback" not in said
+    faults.add("a sample that is not finite", 1)
+
+
+def test_signals_while_a_checkpoint_is_written(trained, tmp_path, rounds, faults):
+    expected, total = trained
+    folder, stopped = run_of(tmp_path) / "checkpoints", 0
+    for number in range(rounds):
+        group = Group("train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=slow_disk)
+        group.wait_until(lambda: list(folder.glob(".*.tmp")))
+        signum = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)[number % 3]
+        group.kill(number % 2, signum)  # the other one hears of it at the next update
+        codes = group.wait(30)
+        assert set(codes) <= {0, 128 + signum}, group.said()
+        stopped += codes[0] != 0
+        assert "Traceback" not in group.said()
+        assert not list(folder.glob(".*.tmp"))
+    group = Group(
+        "train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=clock_going_backwards
+    )
+    assert group.wait() == [0, 0], group.said()
+    assert learned(tmp_path) == expected
+    faults.add("SIGTERM, SIGUSR1, Ctrl-C while writing", stopped)
+    faults.add("clock going backwards", 1)
+
+
+def test_a_process_that_does_not_answer_ends_the_run(tmp_path, faults):
+    group = Group(
+        "train",
+        *TRAIN,
+        "--max-steps",
+        4000,
+        "--timeout",
+        2,
+        folder=tmp_path,
+        fault=without_pictures,
+    )
+    group.wait_until(lambda: updates(tmp_path) >= 4)
+    group.kill(1, signal.SIGSTOP)
+    group.processes[0].join(60)
+    group.kill(1)
+    assert group.processes[0].exitcode == 2, group.said()
+    assert "another process of the run ended or does not answer" in group.said()
+    group.wait()
+    faults.add("a process that does not answer", 1)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, faults):
+    """Read-only; for root, which may write anyway, it is one of the kernel's."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "out").mkdir()
+    for folder in ("runs", "out"):
+        (tmp_path / folder).chmod(0o555)
+    if os.geteuid() == 0:
+        for folder in ("runs", "out"):
+            (tmp_path / folder).rmdir()
+            (tmp_path / folder).symlink_to("/proc/sys/kernel")
+    for program, arguments in {"train": [*TRAIN, "--max-steps", 2], "sample": SAMPLE}.items():
+        group = Group(program, *arguments, folder=tmp_path, ranks=1)
+        assert group.wait() == [2], group.said()
+        assert group.said().count("error: ") == 1 and "Traceback" not in group.said()
+    faults.add("a folder that cannot be written to", 2)
+
+
+def test_elastic_restarts_go_on(tmp_path, faults):
+    """torchrun starts all processes again when one dies, and the run goes on by itself."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=3", str(ROOT / "train_router.py"), *map(str, TRAIN), "--max-steps", "16",
+    ]  # fmt: skip
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen(
+            command, cwd=tmp_path, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            while updates(tmp_path) < 4:
+                assert launcher.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            holder = (run_of(tmp_path) / ".lock").read_text().split()[1]
+            os.kill(int(holder), signal.SIGKILL)
+            assert launcher.wait(180) == 0, (tmp_path / "log").read_text()
+        finally:
+            launcher.kill()
+    said = (tmp_path / "log").read_text(errors="replace")
+    assert "going on from" in said
+    assert (run_of(tmp_path) / "router.safetensors").is_file()
+    lines = (run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == list(range(2, 17, 2))
+    faults.add("restart by torchrun", 1)
+
+
+def stand_ins_for_slurm(folder: Path) -> dict[str, str]:
+    """One node: srun starts the one task here, scontrol knows the host and notes a requeue."""
+    scripts = {
+        "bin/srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "bin/scontrol": 'case "$1" in show) echo 127.0.0.1;; *) echo "$@" >> requeued;; esac',
+        ".venv/bin/python": f'exec {sys.executable} "$@"',
+    }
+    for name, line in scripts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    for name in ("train_router.py", "sample.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return {
+        **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT), "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
+    }  # fmt: skip
+
+
+def test_a_preempted_job_comes_back(tmp_path, request, faults):
+    if not request.config.getoption("--soak"):
+        pytest.skip("the launch scripts are tried in the nightly form")
+    environment = stand_ins_for_slurm(tmp_path)
+
+    def job(script: str, *arguments) -> subprocess.Popen:
+        return subprocess.Popen(
+            [str(ROOT / "scripts" / script), *map(str, arguments)], cwd=tmp_path, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    training = [*TRAIN[:-4], "--results-dir", "runs"]
+    first = job("slurm_train.sh", *training, "--max-steps", "400")
+    while updates(tmp_path) < 6:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGUSR1)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode != 0 and "stopped by SIGTERM" in said, said
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    done = updates(tmp_path)
+    second = job("slurm_train.sh", *training, "--max-steps", done + 4)
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0 and "going on from" in said, said
+
+    many = [*SAMPLE[:5], "4000", *SAMPLE[6:]]
+    first = job("slurm_sample.sh", *many)
+    while len(list((tmp_path / "out" / "shards").glob("*.json"))) < 2:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGUSR1)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode != 0 and "run the same command again" in said, said
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 2
+    faults.add("preemption of a Slurm job", 2)

@@ -1,0 +1,469 @@
+"""Files from anybody: a correct load or one sentence; and that nothing goes past the one door."""
+
+import ast
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from harmonica.checkpoint import unpack
+from harmonica.config import TrainConfig
+from harmonica.errors import HarmonicaError
+from harmonica.files import Npz, confined_extraction, read_array, read_yaml, write_atomically
+from harmonica.flops import Costs
+from harmonica.metrics.images import open_images
+from harmonica.metrics.reference import open_reference
+from harmonica.options import read_preset, to_yaml
+from harmonica.router import RouterFile, RouterInfo, _content_hash, load_router, save_router
+from harmonica.schedule import Schedule
+from harmonica.shards import Origin, ShardFolder, divide
+
+COSTS = Costs(("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn"), (100, 200, 100), 50)
+ORIGIN = Origin({"seed": 0}, "weights", None)
+# Calls that open or run something; each has one place.
+DOORS = {
+    "torch.load", "np.load", "numpy.load", "yaml.load", "yaml.safe_load", "yaml.unsafe_load",
+    "json.load", "json.loads", "pickle.load", "pickle.loads", "Image.open", "zipfile.ZipFile",
+    "safe_open", "load_file", "tarfile.open", "shutil.unpack_archive", "eval", "exec", "os.system",
+    "os.popen",
+}  # fmt: skip
+
+
+def test_every_file_goes_through_one_door():
+    """Also: no shell, no extraction, no weights that could be pickles."""
+    found = []
+    sources = [*ROOT.glob("*.py")]
+    for folder in ("harmonica", "models", "scripts"):
+        sources += (ROOT / folder).rglob("*.py")
+    assert len(sources) > 50
+    for source in sources:
+        is_door = source.parent == ROOT / "harmonica" / "files"
+        for node in ast.walk(ast.parse(source.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, words = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+            place = f"{source.relative_to(ROOT)}:{node.lineno} {name}"
+            if name in DOORS and not is_door and "ZipFile(file, 'w'" not in ast.unparse(node):
+                found.append(place)
+            if name == "torch.load" and ast.unparse(words["weights_only"]) != "True":
+                found.append(place)
+            if "shell" in words or name.endswith((".extractall", ".extract")):
+                found.append(place)
+            if name in ("AutoencoderKL.from_pretrained", "CLIPModel.from_pretrained"):
+                assert ast.unparse(words["use_safetensors"]) == "True", place
+    assert not found
+
+
+# Every kind of file, made whole.
+
+
+def _schedule() -> Schedule:
+    compute = np.array([[1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 0]], dtype=bool)
+    return Schedule(compute, COSTS)
+
+
+def _router(path: Path) -> None:
+    info = RouterInfo(model="DiT-Ti/4", num_sampling_steps=4, timesteps=(9.0, 6.0, 3.0, 0.0))
+    save_router(path, RouterFile(torch.randn(4, 3), info, _schedule()))
+
+
+def _published(path: Path) -> None:
+    import argparse
+
+    torch.save(
+        {
+            "routers": {f"{i}.prob": torch.randn(1, 3) for i in range(4)},
+            "args": argparse.Namespace(model="DiT-XL/2", image_size=256, cfg_scale=1.5),
+        },
+        path,
+    )
+
+
+def _statistics(path: Path) -> None:
+    np.savez(
+        path, mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(3), sigma_s=np.eye(3),
+        extractor=np.array("abc"),
+    )  # fmt: skip
+
+
+def _images(path: Path) -> None:
+    np.savez_compressed(
+        path, arr_0=np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), "uint8")
+    )
+
+
+def _npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros((3, 8, 8, 3), np.uint8))
+
+
+def _checkpoint(path: Path) -> None:
+    state = {"format": 1, "learner": {"router": {"rows.0": torch.zeros(3)}, "updates": 4}}
+    torch.save(state, path)
+
+
+def _picture(path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, format="PNG")
+
+
+def _manifest(path: Path) -> None:
+    from dataclasses import asdict
+
+    path.write_text(json.dumps(asdict(ORIGIN)))
+
+
+def _shard_manifest(path: Path) -> None:
+    record = {**ORIGIN.hashes, "start": 0, "stop": 3, "shape": [3, 8, 8, 3], "sha256": "0" * 64}
+    path.write_text(json.dumps(record))
+
+
+# And what takes it in.
+
+
+def use_router(path: Path) -> None:
+    router = load_router(path)
+    schedule = router.to_schedule(COSTS if router.logits.shape[1] == 3 else _costs_of(router))
+    use(schedule)
+
+
+def _costs_of(router: RouterFile) -> Costs:
+    count = router.logits.shape[1]
+    return Costs(tuple(map(str, range(count))), (1,) * count, 1)
+
+
+def use(schedule: Schedule) -> None:
+    assert schedule.compute[0].all()
+    assert 0 <= schedule.cur <= 1 and schedule.theoretical_speedup >= 1
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
+
+
+def use_schedule(path: Path) -> None:
+    use(Schedule.load(path))
+
+
+def use_statistics(path: Path) -> None:
+    open_reference(str(path))
+
+
+def use_images(path: Path) -> None:
+    images = open_images(path, "--samples")
+    images.read(range(len(images)))
+
+
+def use_npy(path: Path) -> None:
+    read_array(path)
+
+
+def use_checkpoint(path: Path) -> None:
+    unpack(path.read_bytes())
+
+
+def use_picture(path: Path) -> None:
+    folder = path.parent / "pictures"
+    folder.mkdir(exist_ok=True)
+    (folder / "0.png").write_bytes(path.read_bytes())
+    use_images(folder)
+
+
+def use_preset(path: Path) -> None:
+    TrainConfig(**read_preset(TrainConfig, path)).check()
+
+
+def use_manifest(path: Path) -> None:
+    folder = path.parent / "samples"
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_bytes(path.read_bytes())
+    ShardFolder(folder, ORIGIN).make()
+
+
+def use_shard_manifest(path: Path) -> None:
+    folder = ShardFolder(path.parent / "shards", ORIGIN)
+    folder.make()
+    shard = divide(3, 3)[0]
+    folder.write(shard, np.zeros((3, 8, 8, 3), np.uint8))
+    (folder.root / "shards" / "000000.json").write_bytes(path.read_bytes())
+    for thorough in (False, True):
+        if folder.is_done(shard, pictures=True, thorough=thorough):
+            folder.read(shard)
+
+
+KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
+    "router.safetensors": (_router, use_router),
+    "published.pt": (_published, use_router),
+    "schedule.json": (lambda path: _schedule().save(path), use_schedule),
+    "statistics.npz": (_statistics, use_statistics),
+    "images.npz": (_images, use_images),
+    "images.npy": (_npy, use_npy),
+    "checkpoint.pt": (_checkpoint, use_checkpoint),
+    "picture.png": (_picture, use_picture),
+    "preset.yaml": (lambda path: path.write_text(to_yaml(TrainConfig())), use_preset),
+    "manifest.json": (_manifest, use_manifest),
+    "shard.json": (_shard_manifest, use_shard_manifest),
+}
+
+# How they are spoilt.
+
+
+def spoil_bytes(content: bytes, draw: random.Random) -> bytes:
+    """One to four changes: bits, stretches, ends."""
+    data = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        place = draw.randrange(len(data)) if data else 0
+        other = draw.randrange(len(data)) if data else 0
+        length = draw.choice((1, 2, 4, 8, 64))
+        match draw.randrange(7):
+            case 0 if data:
+                data[place] ^= 1 << draw.randrange(8)
+            case 1:
+                data[place : place + length] = draw.randbytes(length)
+            case 2:
+                del data[place : place + length]
+            case 3:
+                data[place:place] = draw.randbytes(length)
+            case 4:
+                data[place : place + length] = data[other : other + length]
+            case 5:
+                del data[place:]
+            case 6:
+                extreme = draw.choice((b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"9" * 30))
+                data[place : place + len(extreme)] = extreme
+    return bytes(data)
+
+
+VALUES = (
+    None, True, -1, 0, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "1" * 5000,
+    "../../x", "!!python/object:os.system", [], [[]], [None], {}, {"a": 1}, "2001-99-99", "\0", "é",
+)  # fmt: skip
+
+
+def spoil_values(value, draw: random.Random):
+    """One value somewhere in a tree becomes another, goes, or is doubled."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        changed, key = dict(value), draw.choice(list(value))
+        match draw.randrange(4):
+            case 0:
+                del changed[key]
+            case 1:
+                changed[draw.choice(("x", "format", "compute"))] = draw.choice(VALUES)
+            case _:
+                changed[key] = spoil_values(changed[key], draw)
+        return changed
+    if isinstance(value, list) and value and draw.random() < 0.9:
+        changed, place = list(value), draw.randrange(len(value))
+        match draw.randrange(4):
+            case 0:
+                del changed[place]
+            case 1:
+                changed.append(changed[place])
+            case _:
+                changed[place] = spoil_values(changed[place], draw)
+        return changed
+    return draw.choice(VALUES)
+
+
+def reseal_router(path: Path, draw: random.Random) -> None:
+    """A router file whose record was changed by somebody who knows how its hash is made."""
+    from safetensors.torch import load, save
+
+    from harmonica.files import read_safetensors
+
+    tensors, metadata = read_safetensors(path)
+    part = draw.choice(("info", "schedule"))
+    metadata[part] = json.dumps(spoil_values(json.loads(metadata[part]), draw))
+    logits = tensors["logits"]
+    if draw.random() < 0.3:
+        others = (logits[:0], logits[0], logits[:, :2], logits.double(), logits / 0, logits.int())
+        logits = draw.choice(others).contiguous()
+    metadata["content_hash"] = _content_hash(logits, metadata["schedule"], metadata["info"])
+    path.write_bytes(save({"logits": logits}, metadata))
+    assert load(path.read_bytes())
+
+
+def reseal_schedule(path: Path, draw: random.Random) -> None:
+    """A schedule that was changed, with the hash that belongs to it where there is one."""
+    content = spoil_values(json.loads(path.read_text()), draw)
+    path.write_text(json.dumps(content))
+    if isinstance(content, dict):
+        try:
+            Schedule.from_dict({**content, "hash": None})
+        except HarmonicaError as error:
+            if "does not match" in str(error):
+                costs = Costs(tuple(map(str, content["branch_names"])), (1,) * 3, 1)
+                rows = [[c == "1" for c in row] for row in content["compute"]]
+                digest = Schedule(np.array(rows), costs, content.get("reuses", "branches")).hash
+                path.write_text(json.dumps({**content, "hash": digest}))
+
+
+def reseal_tree(path: Path, draw: random.Random) -> None:
+    content = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_text())
+    path.write_text(json.dumps(spoil_values(content, draw)))
+
+
+def reseal_npz(path: Path, draw: random.Random) -> None:
+    """Arrays of other shapes and types, in an archive that is whole."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    name = draw.choice(list(arrays))
+    array = arrays[name]
+    arrays[name] = draw.choice(
+        (array[..., None], array.astype(object), array.astype("M8[s]"), array.ravel()[:0],
+         np.asfortranarray(array), np.array("text"), array.astype(complex), array.astype(">i8"),
+         np.full_like(array.astype(float), np.nan))
+        if array.dtype.kind != "U"
+        else (np.zeros(3), np.array([1, 2]))
+    )  # fmt: skip
+    if draw.random() < 0.3:
+        del arrays[draw.choice(list(arrays))]
+    np.savez(path, **arrays)
+
+
+class Malicious:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def reseal_pickle(path: Path, draw: random.Random) -> None:
+    """A file that would run a command, in every wrapping that PyTorch knows."""
+    bomb = Malicious(f"touch {path.parent / 'executed'}")
+    match draw.randrange(4):
+        case 0:
+            path.write_bytes(pickle.dumps(bomb, protocol=draw.randrange(2, 6)))
+        case 1:
+            torch.save({"routers": bomb, "args": {}}, path)
+        case 2:
+            torch.save([bomb], path, _use_new_zipfile_serialization=False)
+        case 3:
+            state = draw.choice(
+                ([], 3, {"0.prob": 3}, {"0.prob": torch.zeros(3).to_sparse()}, {1: torch.zeros(2)},
+                 {"0.prob": torch.zeros(2, dtype=torch.complex64)}, {"0.prob": torch.zeros(0)},
+                 {"0.prob": torch.tensor(3.0)}, {"routers": {}}, {"routers": [torch.zeros(3)]})
+            )  # fmt: skip
+            torch.save(state, path)
+
+
+RESEAL = {
+    "router.safetensors": reseal_router,
+    "published.pt": reseal_pickle,
+    "checkpoint.pt": reseal_pickle,
+    "schedule.json": reseal_schedule,
+    "statistics.npz": reseal_npz,
+    "images.npz": reseal_npz,
+    "preset.yaml": reseal_tree,
+    "manifest.json": reseal_tree,
+    "shard.json": reseal_tree,
+}
+
+
+def outcome(use: Callable[[Path], None], path: Path) -> str:
+    """Loaded or refused; everything else is raised."""
+    try:
+        use(path)
+    except HarmonicaError as error:
+        said = str(error)
+        assert said and said.isprintable() and len(said) < 1000, said
+        return "refused"
+    return "loaded"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS)
+def test_spoilt_files_load_or_are_refused(name, tmp_path, request, faults):
+    soak = request.config.getoption("--soak")
+    count = (10_000 if soak else 500) // len(KINDS) + 1
+    make, use = KINDS[name]
+    path, draw, found = tmp_path / name, random.Random(name), {"loaded": 0, "refused": 0}
+    torch.manual_seed(0)
+    make(path)
+    whole = path.read_bytes()
+    assert outcome(use, path) == "loaded"
+
+    def hang(*_):
+        raise TimeoutError("it hangs")
+
+    signal.signal(signal.SIGALRM, hang)
+    for number in range(count):
+        path.write_bytes(whole)
+        if name in RESEAL and number % 2:
+            RESEAL[name](path, draw)
+        else:
+            path.write_bytes(spoil_bytes(whole, draw))
+        signal.alarm(20)
+        try:
+            found[outcome(use, path)] += 1
+        except BaseException:
+            (Path(os.environ.get("FUZZ_KEEP", tmp_path)) / f"failed-{name}").write_bytes(
+                path.read_bytes()
+            )
+            raise
+        finally:
+            signal.alarm(0)
+        assert not (tmp_path / "executed").exists()
+    assert found["refused"] > count / 10
+    faults.add("spoilt files", count)
+
+
+def test_bombs_are_refused_without_being_unpacked(tmp_path):
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 200_000)
+    with pytest.raises(HarmonicaError, match="not readable JSON"):
+        Schedule.load(deep)
+    laughs = tmp_path / "laughs.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    laughs.write_text("\n".join([*lines, "lr: *a29"]))
+    with pytest.raises(HarmonicaError) as refusal:
+        read_preset(TrainConfig, laughs)
+    assert len(str(refusal.value)) < 500
+    laughs.write_text("\n".join([line.replace("a0:", "lr:") for line in lines[:1]]))
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"# " + b"x" * (2 << 20))
+    with pytest.raises(HarmonicaError, match="larger than 1 MB"):
+        read_preset(TrainConfig, large)
+    # A megabyte of zeros that says that it is a hundred gigabytes of image.
+    header = io.BytesIO()
+    shape = (1, 200_000, 200_000, 3)
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(1 << 20))
+    with pytest.raises(HarmonicaError, match="shorter or longer"):
+        Npz(bomb, "--samples")["arr_0"]
+    content = bytearray(bomb.read_bytes())
+    size = (120_000_000_000 + len(header.getvalue())) & 0xFFFFFFFF
+    for place in (22, content.rindex(b"PK\x01\x02") + 24):  # uncompressed size, both headers
+        content[place : place + 4] = size.to_bytes(4, "little")
+    write_atomically(bomb, bytes(content))
+    with pytest.raises(HarmonicaError):
+        Npz(bomb, "--samples")["arr_0"].rows(range(1))
+
+
+def test_archives_stay_in_their_folder(tmp_path):
+    with tarfile.open(tmp_path / "archive.tar", "w") as archive:
+        entry = tarfile.TarInfo("../outside")
+        entry.size = 1
+        archive.addfile(entry, io.BytesIO(b"x"))
+    (tmp_path / "inside").mkdir()
+    with (
+        confined_extraction(),
+        tarfile.open(tmp_path / "archive.tar") as archive,
+        pytest.raises(tarfile.TarError),
+    ):
+        archive.extractall(tmp_path / "inside")
+    assert not (tmp_path / "outside").exists()
