@@ -75,7 +75,7 @@ def select_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _reduce_precision(model: DiffusionTransformer, dtype: torch.dtype) -> None:
+def reduce_precision(model: DiffusionTransformer, dtype: torch.dtype) -> None:
     """Weights of matrix products in ``dtype``; embedding tables and positions stay float32."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -127,7 +127,7 @@ def load_backbone(
         # A text encoder, far larger than the model, is gone before the model takes its place.
         conditions = load_conditions(config, size, device)
     model.requires_grad_(False).eval().to(device)
-    _reduce_precision(model, DTYPES[config.mixed_precision])
+    reduce_precision(model, DTYPES[config.mixed_precision])
     return Backbone(
         name=config.model,
         model=model,
