@@ -194,6 +194,25 @@ def test_evaluation_samples_image_i_of_prompt_i(zoo):
     assert not torch.allclose(latents, other)
 
 
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_images_need_not_be_square(zoo, tmp_path):
+    flags = {"height": 96, "width": 48, **zoo["tiny-PixArt"]}
+    config = SampleConfig(
+        model="tiny-PixArt", method="fora", target_cur=0.5, compare=True, repeats=1, num_images=1,
+        out=tmp_path, **flags,
+    )  # fmt: skip
+    config.check()
+    sample_and_report(config)
+    assert Image.open(tmp_path / "with_fora" / "000000.png").size == (48, 96)
+    backbone = load_backbone(config, CPU)
+    assert backbone.latent_shape == (4, 12, 6) and backbone.pixels == (96, 48)
+    assert backbone.conditions.of(torch.tensor([0])).size.tolist() == [[96, 48]]
+    square = load_backbone(replace(config, height=None, width=None), CPU)
+    assert square.pixels == (64, 64)
+    kind = backbone.costs.kinds.index("mlp")
+    assert backbone.costs.macs[kind] * 64 == square.costs.macs[kind] * 72
+
+
 def test_large_images_are_decoded_in_tiles(zoo, folder, monkeypatch):
     config = BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"])
     decode = load_decoder(config, CPU)
@@ -232,7 +251,7 @@ def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tin
     )
     config = BackboneConfig(model="tiny-PixArt", **{**zoo["tiny-PixArt"], "prompts": path})
     with pytest.raises(HarmonicaError, match=named):
-        load_conditions(config, 64, CPU)
+        load_conditions(config, (64, 64), CPU)
 
 
 @pytest.mark.parametrize("name", ["tiny-U-ViT", "tiny-PixArt"])
@@ -268,6 +287,8 @@ REFUSED = [
     ({"model": "PixArt-alpha-XL/2", "image_size": 300}, "--image-size 300"),
     ({"model": "U-ViT-H/2", "image_size": 512}, "--image-size 512"),
     ({"model": "PixArt-alpha-XL/2", "num_classes": 3}, "--num-classes"),
+    ({"model": "PixArt-alpha-XL/2", "width": 300}, "--width 300 is not a multiple of 16; use 288"),
+    ({"model": "DiT-XL/2", "height": 256}, "--height 256"),
     ({"model": "PixArt-alpha-XL/2", "prompts": "a", "prompt": "b"}, "--prompts and --prompt"),
     ({"model": "DiT-XL/2", "prompt": "a cat"}, "--prompt is for"),
     ({"model": "U-ViT-S/2", "cfg_scale": 1.4}, "--cfg-scale 1.4"),
