@@ -15,13 +15,17 @@ from safetensors.torch import save_file
 
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
+from harmonica.baselines.fixed import random_schedule
+from harmonica.budget import Budget
 from harmonica.conditions import load_conditions
 from harmonica.config import BackboneConfig, EvaluateConfig, SampleConfig, TrainConfig
 from harmonica.denoise import Guidance
 from harmonica.errors import HarmonicaError
+from harmonica.flops import measure_costs
 from harmonica.metrics.subject import open_subject
 from harmonica.prompts import encode_prompts, save_prompts
 from harmonica.randomness import Draws
+from harmonica.replay_plan import plan_replay
 from harmonica.report import sample_and_report
 from harmonica.router import load_router
 from harmonica.samplers import create_sampler
@@ -281,6 +285,20 @@ def test_published_models_have_the_published_sizes(name):
     if "alpha" in name:
         micro = {size for size, of in spec.sizes.items() if of.get("has_micro_conditions")}
         assert micro == {1024}
+
+
+def test_an_image_of_2048_pixels_fits_24_gigabytes():
+    """Half precision, guidance, 2.2x: cached values at their peak, weights, and a step's own."""
+    with torch.device("meta"):
+        model = create_model("PixArt-Sigma-XL/2", image_size=2048)
+    costs = measure_costs(model)
+    schedule = random_schedule(20, costs, Budget(speedup=2.2), seed=0)
+    peak = plan_replay(schedule.compute, costs.names).peak_values
+    stream = 2 * model.num_tokens * model.config.hidden_size  # numbers, of both guidance halves
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    # The stream and a sum in float32; queries, keys, values and what they are made of; an MLP.
+    step = stream * (2 * 4 + 5 * 2 + 2 * 4 * 2)
+    assert 2 * stream * peak + 2 * weights + step < 12e9
 
 
 REFUSED = [
