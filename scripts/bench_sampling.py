@@ -7,7 +7,7 @@ matrix products, measured in the same run; and what the cache holds.
 
 import json
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from harmonica.engine import Engine
 from harmonica.errors import run_command
 from harmonica.files import write_atomically
 from harmonica.options import option, parse, plain
+from harmonica.predictors import LAST, PREDICTORS, Learned, create_predictor
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
-from harmonica.sampling import load_schedule, trajectories
+from harmonica.sampling import load_schedule, trajectories, with_predictor
 from harmonica.schedule import Schedule
 from harmonica.timing import Timing, machine, timed
 
@@ -36,6 +37,11 @@ class BenchConfig(BackboneConfig):
     """What is timed."""
 
     path: Path | None = option(None, "router file, schedule JSON or run directory")
+    predictor: str | None = option(
+        None,
+        "what stands in for a skipped branch; learned: coefficients of the least favourable kind",
+        choices=(*PREDICTORS, "learned"),
+    )
     cur: float = option(0.5, "without --path: share of reuse of a random schedule", low=0, high=1)
     num_images: int = option(8, "images of the batch", aliases=("--batch-size",), low=1)
     repeats: int = option(5, "timed repetitions after one warm-up", low=1)
@@ -68,14 +74,14 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
     batch = trajectories(backbone, Draws(0, "sample"), range(config.num_images))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times: dict[str, Timing] = timed(
-        {
-            "uncached": partial(Engine(None, backbone.how), batch),
-            "cached": partial(Engine(schedule, backbone.how), batch),
-        },
-        config.repeats,
-        device,
-    )
+    runs = {
+        "uncached": partial(Engine(None, backbone.how), batch),
+        "cached": partial(Engine(schedule, backbone.how), batch),
+    }
+    if schedule.predictor != LAST:
+        last = replace(schedule, predictor=LAST)
+        runs["cached, last values"] = partial(Engine(last, backbone.how), batch)
+    times: dict[str, Timing] = timed(runs, config.repeats, device)
     measured = times["uncached"].median / times["cached"].median
     full = schedule.num_steps * schedule.costs.total * rows
     peak = matrix_peak(device, dtype)
@@ -88,6 +94,7 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
         "cur": schedule.cur,
         "seconds_uncached": vars(times["uncached"]),
         "seconds_cached": vars(times["cached"]),
+        **_against_last(times),
         "measured_speedup": measured,
         "theoretical_speedup": schedule.theoretical_speedup,
         "efficiency": measured / schedule.theoretical_speedup,
@@ -99,6 +106,24 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
     }
 
 
+def _against_last(times: dict[str, Timing]) -> dict:
+    """What forecasts cost, where there are any."""
+    last = times.get("cached, last values")
+    if last is None:
+        return {}
+    ratio = times["cached"].median / last.median
+    return {"seconds_cached_last_values": vars(last), "time_over_last_values": ratio}
+
+
+def _with_predictor(config: BenchConfig, schedule: Schedule, backbone: Backbone) -> Schedule:
+    if config.predictor != "learned":
+        return with_predictor(schedule, config.predictor, "time", backbone)
+    line = create_predictor("taylor1", "time", backbone.sampler)
+    width = backbone.model.config.hidden_size
+    learned = Learned.start(line, *schedule.compute.shape, width)
+    return replace(schedule, predictor=learned)
+
+
 @run_command
 def bench() -> None:
     config = parse(BenchConfig, __doc__.split("\n")[0])
@@ -108,7 +133,7 @@ def bench() -> None:
     else:
         budget = Budget(cur=config.cur)
         schedule = random_schedule(config.num_sampling_steps, backbone.costs, budget, seed=0)
-    found = measure(config, backbone, schedule)
+    found = measure(config, backbone, _with_predictor(config, schedule, backbone))
     for name, value in found.items():
         print(f"{name:32} {_shown(name, value)}")
     if config.out is not None:

@@ -9,4 +9,4 @@ install_project
 run="$(ls -d results/[0-9]*-DiT-Ti-4-T20 | sort | tail -n 1)"
 .venv/bin/python sample.py --path "$run" --compare --num-images 32 --batch-size 32 --repeats 5 \
   --seed 1000000 --out "$run/samples"
-echo "router: $run/router.png, image-error weights: $run/lambda.png"
+echo "router: $run/router.png, image error while learning: $run/held_out.png"
