@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.denoise import join_rows, part_rows
+from harmonica.denoise import Trajectories, join_rows, part_rows
 from harmonica.predictors import LAST, Predictor, combine
 from models.branch import Branch
 
@@ -78,10 +78,10 @@ class Blend:
 
     Args:
         cached: what stands in for f(x); None computes plainly.
-        weight: () router score in [0, 1], differentiable.
+        weight: () router score in [0, 1], differentiable; of no account where nothing is cached.
     """
 
-    def __init__(self, cached: Tensor | None, weight: Tensor):
+    def __init__(self, cached: Tensor | None, weight: Tensor | None):
         self.cached, self.weight = cached, weight
         self.fresh: Tensor | None = None
         self.blended: Tensor | None = None
@@ -94,9 +94,13 @@ class Blend:
         return blended
 
 
-def computing_branches(cache: Cache, s: int) -> list[Branch]:
-    """Branches of a step that computes everything and fills the cache."""
-    return replay_branches(cache, s, [True] * len(cache))
+def fill(cache: Cache, batch: Trajectories, s: int, x: Tensor) -> Tensor:
+    """Guided output of a step that computes everything; its values enter the cache."""
+    branches = [Blend(None, None) for _ in range(len(cache))]
+    output = batch.predict(s, x, branches)
+    for i, branch in enumerate(branches):
+        cache.store(i, s, branch.fresh)
+    return output
 
 
 def replay_branches(cache: Cache, s: int, row: Sequence[bool]) -> list[Branch]:

@@ -21,6 +21,8 @@ from harmonica.schedule import Schedule
 # hardly move would take any coefficient.
 RIDGE = 1e-3
 
+Reduce = Callable[[Tensor], Tensor]
+
 
 class Coefficients(nn.Module):
     """Level and slope of :class:`Learned`, one parameter per step, zero at first.
@@ -60,16 +62,19 @@ class Coefficients(nn.Module):
 class _Regressed:
     """A skipped branch that also computes, fits its coefficients, and returns the fitted value."""
 
-    def __init__(self, cache: Cache, i: int, s: int, learned: Learned):
+    def __init__(self, cache: Cache, i: int, s: int, learned: Learned, reduce: Reduce):
         self.cache, self.i, self.s, self.learned = cache, i, s, learned
+        self.reduce = reduce
 
     def __call__(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         target = fn(x)
-        fit_branch(self.learned, self.cache, self.i, self.s, target)
+        fit_branch(self.learned, self.cache, self.i, self.s, target, self.reduce)
         return self.cache.predict(self.i, self.s).to(target.dtype)
 
 
-def fit_branch(learned: Learned, cache: Cache, i: int, s: int, target: Tensor) -> None:
+def fit_branch(
+    learned: Learned, cache: Cache, i: int, s: int, target: Tensor, reduce: Reduce
+) -> None:
     """Write the coefficients at (s, i) that bring the prediction nearest to ``target`` (B, L, d).
 
     Least squares per channel, or over all channels where coefficients are scalars; a ridge keeps
@@ -93,17 +98,22 @@ def fit_branch(learned: Learned, cache: Cache, i: int, s: int, target: Tensor) -
         normal[:, a, b] = summed(columns[a], columns[b])
     for a in range(size):
         right[:, a] = summed(columns[a], rest)
+    # Over all processes: what is fitted does not depend on how many share the samples.
+    normal, right = reduce(torch.cat([normal, right[..., None]], dim=-1)).split([size, 1], dim=-1)
     power = normal.diagonal(dim1=1, dim2=2)
-    normal += torch.diag_embed(RIDGE * power + 1e-12)
-    solved = torch.linalg.solve(normal, right)
-    learned.level[s, i] = solved[:, 0].to(learned.level)
+    solved = torch.linalg.solve(normal + torch.diag_embed(RIDGE * power + 1e-12), right)
+    learned.level[s, i] = solved[:, 0, 0].to(learned.level)
     if size > 1:
-        learned.slope[s, i] = solved[:, 1].to(learned.slope)
+        learned.slope[s, i] = solved[:, 1, 0].to(learned.slope)
 
 
 @torch.no_grad()
 def fit_coefficients(
-    batch: Trajectories, schedule: Schedule, base: LastValue | Extrapolation, channels: int
+    batch: Trajectories,
+    schedule: Schedule,
+    base: LastValue | Extrapolation,
+    channels: int,
+    reduce: Reduce = lambda sums: sums,
 ) -> Learned:
     """Coefficients in closed form, from one walk along the cached trajectory.
 
@@ -113,6 +123,7 @@ def fit_coefficients(
         batch: calibration samples, from noise.
         base: what the coefficients start from.
         channels: 1 for scalars, else the model's width.
+        reduce: sums a tensor over processes.
     """
     steps, branches = schedule.compute.shape
     learned = Learned.start(base, steps, branches, channels).to(batch.x_T.device)
@@ -120,7 +131,7 @@ def fit_coefficients(
 
     def predict(s: int, x: Tensor) -> Tensor:
         branches = [
-            Replay(cache, i, s, True) if computes else _Regressed(cache, i, s, learned)
+            Replay(cache, i, s, True) if computes else _Regressed(cache, i, s, learned, reduce)
             for i, computes in enumerate(schedule.compute[s])
         ]
         return batch.predict(s, x, branches)

@@ -25,10 +25,11 @@ PRECISIONS = ("no", "bf16", "fp16")
 # What a run may change when it goes on: how long it is, and what does not touch its numbers.
 LENGTH_AND_OUTPUT = (
     "resume", "results_dir", "max_steps", "epochs", "log_every", "ckpt_every", "keep_ckpts",
-    "timeout", "wandb", "num_workers", "compile", "cuda_graphs", "ckpt",
+    "timeout", "wandb", "num_workers", "compile", "cuda_graphs", "ckpt", "activation_checkpointing",
+    "lambda_rows", "refine",
 )  # fmt: skip
 # Also, if somebody asks for it: the remedies of a loss that is not finite.
-REMEDIES = ("lr", "adam_eps", "mixed_precision")
+REMEDIES = ("lr", "coefficient_lr", "adam_eps", "mixed_precision")
 # What does not change an image of a given index.
 NOT_OF_THE_IMAGES = (
     "path", "ckpt", "accelerate_method", "ddim_sample", "num_images", "num_samples", "png",
@@ -231,6 +232,7 @@ class TrainConfig(BackboneConfig):
     # A flag of a group replaces what a preset says of it, and of what follows from it by default.
     REPLACED_BY_FLAG: ClassVar = (
         (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
+        (("freeze_schedule",), BUDGETS),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
         (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),
         (("method",), ("data", "lambda_form", "compares_all")),
@@ -368,7 +370,8 @@ class TrainConfig(BackboneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.l1 is None and self.target_speedup is None and self.target_cur is None:
+        is_free = self.freeze_schedule is None
+        if is_free and all(getattr(self, name) is None for name in BUDGETS):
             object.__setattr__(self, "target_cur", 0.5)
         if self.epochs is None and self.max_steps is None:
             object.__setattr__(self, "max_steps", 1000)
@@ -377,10 +380,10 @@ class TrainConfig(BackboneConfig):
         if self.held_out_batch_size is None:
             object.__setattr__(self, "held_out_batch_size", 4 * self.global_batch_size)
         if self.compares_all is None:
-            published = self.budget is None or self.method == "learning-to-cache"
+            published = self.l1 is not None or self.method == "learning-to-cache"
             object.__setattr__(self, "compares_all", published)
         if self.lambda_form is None:
-            form = "sensitivity" if self.budget is not None else "published"
+            form = "sensitivity" if self.l1 is None else "published"
             if self.method == "learning-to-cache":
                 form = "constant"
             object.__setattr__(self, "lambda_form", form)
@@ -448,7 +451,17 @@ class TrainConfig(BackboneConfig):
                 "--freeze-schedule leaves nothing to learn but coefficients; add --predictor "
                 "learned"
             )
-        if self.objective == "trajectory" and self.budget is None:
+        if self.freeze_schedule is not None and any(
+            getattr(self, name) is not None for name in BUDGETS
+        ):
+            raise HarmonicaError(
+                "--freeze-schedule has its own cost; drop --l1, --target-cur and --target-speedup"
+            )
+        if self.predictor != "learned" and (self.fit, self.coefficients) != ("gradient", "channel"):
+            raise HarmonicaError(
+                "--fit and --coefficients are for learned coefficients; add --predictor learned"
+            )
+        if self.objective == "trajectory" and self.l1 is not None:
             raise HarmonicaError(
                 "--objective trajectory has no price for --l1; pass --target-cur or "
                 "--target-speedup"

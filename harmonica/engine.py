@@ -1,7 +1,8 @@
 """Everything about speed in sampling: planned replay, compiled blocks, CUDA graphs.
 
-The eager path computes what the model's own forward computes with caching branches, bit for bit in
-float32; compiled blocks differ by rounding.
+The eager path computes what the model's own forward computes with caching branches, with last
+values bit for bit in float32; forecasts, which are folded into the gates, and compiled blocks round
+elsewhere.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.predictors import LAST, Extrapolation, LastValue, create_predictor
-from harmonica.samplers import Sampler, State
+from harmonica.samplers import Sampler
 from harmonica.schedule import Schedule
 
 
@@ -26,7 +26,7 @@ class HeldOut:
             for first in range(0, len(mine), samples)
         ]
         with torch.no_grad():
-            self.references = [b.walk(State(b.x_T), b.predict).x for b in self.batches]
+            self.references = [Engine(None)(batch) for batch in self.batches]
 
     @torch.no_grad()
     def error(self, schedule: Schedule) -> float:

@@ -17,13 +17,14 @@ from harmonica.consensus import Consensus, Origin
 from harmonica.labelled_images import LabelledImages
 from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
 from harmonica.plots import lambda_curve
-from harmonica.router import Router, budget_schedule, threshold_schedule
+from harmonica.router import Router, budget_schedule, highest_reused, threshold_schedule
 from harmonica.schedule import Schedule
 from harmonica.sdt import (
     BetaControl,
     StepError,
     StepwiseDenoising,
     TrainingMethod,
+    restore_optimizer,
     router_optimizer,
 )
 from harmonica.values import Values
@@ -46,6 +47,10 @@ class Learner(Protocol):
 
     def schedule(self) -> Schedule:
         """What would be exported now."""
+        ...
+
+    def logits(self) -> Tensor:
+        """(T, N) of the scores that the exported schedule is made of."""
         ...
 
     def cut(self) -> float:
@@ -81,8 +86,6 @@ class StepwiseLearner:
     With a budget beta is steered to it; without one it stays as given.
     """
 
-    learns = True
-
     def __init__(
         self,
         config: TrainConfig,
@@ -112,8 +115,10 @@ class StepwiseLearner:
             config.init_std,
             self.method.rows,
         ).to(self.accelerator.device)
-        start = self._decided()  # a target out of reach is refused before anything is written
-        self.values = Values(config, batches, start, self.samples)
+        if frozen is not None:
+            self.router = Router.deciding(frozen.compute).to(self.accelerator.device)
+        self._decided()  # a target out of reach is refused before anything is written
+        self.values = Values(config, batches, frozen, self.samples)
         self.optimizer = self.accelerator.prepare(
             router_optimizer(
                 self.router,
@@ -147,6 +152,10 @@ class StepwiseLearner:
         )
 
     @property
+    def learns(self) -> bool:
+        return self.frozen is None or bool(self.values.parameters)
+
+    @property
     def sweep_length(self) -> int:
         return len(self.method.rows)
 
@@ -169,12 +178,13 @@ class StepwiseLearner:
         kind = self.config.mask if self.frozen is None else "hard"
         return Masking(self._decided().compute, kind, self.config.stores_fresh, self.values.live())
 
+    def logits(self) -> Tensor:
+        return self.router.logits()
+
     def cut(self) -> float:
-        if self.config.budget is None:
+        if self.config.budget is None and self.frozen is None:
             return self.config.threshold
-        reused = ~torch.from_numpy(self.schedule().compute.copy())
-        scores = self.router.logits().sigmoid().cpu()[reused]
-        return scores.max().item() if len(scores) else 0.0
+        return highest_reused(self.logits(), self._decided())
 
     def refresh_weights(self) -> None:
         """Re-estimate lambda on a fresh batch, averaged over processes."""
@@ -279,10 +289,10 @@ class StepwiseLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.values.load_state_dict(state["values"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # these may be changed when a run goes on
-            group.update(eps=self.config.adam_eps)
-        self.optimizer.param_groups[0]["lr"] = self.config.lr
+        config = self.config
+        restore_optimizer(
+            self.optimizer, state["optimizer"], config.lr, config.adam_eps, config.coefficient_lr
+        )
         self.updates, self.trajectories = state["updates"], state["trajectories"]
         self.refreshes = [(update, list(weights)) for update, weights in state["refreshes"]]
         self.refresh_at, self.weights = state["refresh_at"], state["weights"]

@@ -5,14 +5,15 @@ estimator walks the base trajectory once and branches off it, T + T(T-1)/2 model
 all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from harmonica.cache import Cache, Masking, computing_branches
+from harmonica.cache import Cache, Masking, fill
 from harmonica.denoise import Trajectories, part_rows
 from harmonica.samplers import State
+from models.transformer import call_block
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Student:
 
         def predict(s: int, x: Tensor) -> Tensor:
             if s == 0 or forced:
-                outputs.append(self.trajectories.predict(s, x, computing_branches(cache, s)))
+                outputs.append(fill(cache, self.trajectories, s, x))
             else:
                 branches = self.masking.branches([cache], s, self.logits[s])
                 outputs.append(self.trajectories.predict(s, x, branches))
@@ -78,6 +79,9 @@ class Student:
     def _advance(self, forks: list[Fork], s: int, reuses: bool) -> None:
         """Step s of forks that stand there, in one forward."""
         batch = self.trajectories.repeated(len(forks))
+        if len(forks) not in (1, self.side_by_side):
+            # While a group fills up its size changes at every step: too many shapes to compile.
+            batch = replace(batch, run=call_block)
         halves, caches = batch.guidance.halves, [fork.cache for fork in forks]
 
         def predict(s: int, x: Tensor) -> Tensor:

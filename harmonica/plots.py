@@ -77,7 +77,8 @@ def learning_curve(path: Path, history: list[tuple[int, float]]) -> None:
     axis = figure.subplots()
     updates, errors = zip(*history, strict=True)
     axis.step(updates, errors, where="post", marker="o", markersize=3)
-    axis.set_yscale("log")
+    if min(errors) > 0:
+        axis.set_yscale("log")
     axis.set_xlabel("update")
     axis.set_ylabel("image error, held-out seeds")
     axis.grid(alpha=0.3, which="both")

@@ -246,13 +246,13 @@ def create_predictor(name: str, kind: str, sampler: Sampler) -> LastValue | Extr
 
 
 def combine(weights: Sequence[Weight], values: Sequence[Tensor]) -> Tensor:
-    """``sum_j weights[j] * values[j]``, values (B, L, d); a lone weight of 1 costs nothing."""
-    total = None
-    for weight, value in zip(weights, values, strict=True):
-        if isinstance(weight, Tensor):
-            weight = weight.to(value.dtype)
-        if total is not None:
-            total = total + weight * value
-        else:
-            total = value if isinstance(weight, float) and weight == 1.0 else weight * value
-    return total
+    """``sum_j weights[j] * values[j]``, values (B, L, d); a lone weight of 1 costs nothing.
+
+    Summed in float32 at least, as replay does it: half precision would round small coefficients
+    away.
+    """
+    if len(weights) == 1 and isinstance(weights[0], float) and weights[0] == 1.0:
+        return values[0]
+    dtype = torch.promote_types(values[0].dtype, torch.float32)
+    terms = [weight * value.to(dtype) for weight, value in zip(weights, values, strict=True)]
+    return sum(terms[1:], terms[0]).to(values[0].dtype)

@@ -83,6 +83,11 @@ def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | 
     else:
         return None
     if plan.schedule is None:
+        if config.predictor is not None:
+            raise HarmonicaError(
+                f"--predictor stands in for what is skipped, and --method {name} skips nothing; "
+                "drop it"
+            )
         return name, plan
     schedule = with_predictor(plan.schedule, config.predictor, config.coordinate, plan.backbone)
     return name, replace(plan, schedule=schedule)

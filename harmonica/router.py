@@ -32,6 +32,7 @@ from harmonica.schedule import Schedule
 
 FORMAT = 2  # 1 knew no predictors: what is not computed takes the last value
 LOGIT_BOUND = 5.0
+DECIDED = 0.5  # logits that start from decisions: these, and their negative
 
 
 def every_row(num_steps: int) -> range:
@@ -85,6 +86,11 @@ class Router(nn.Module):
                 logits[s] = LOGIT_BOUND
         return cls(logits.clamp(-LOGIT_BOUND, LOGIT_BOUND))
 
+    @classmethod
+    def deciding(cls, compute: np.ndarray) -> "Router":
+        """Logits that stand, not far from one half, for decisions (T, N) bool."""
+        return cls(torch.from_numpy(np.where(compute, DECIDED, -DECIDED)))
+
     @property
     def num_steps(self) -> int:
         return len(self.rows) + 1
@@ -118,6 +124,13 @@ def threshold_schedule(
         True
     )
     return Schedule(compute, costs)
+
+
+def highest_reused(logits: Tensor, schedule: Schedule) -> float:
+    """The score above which a schedule made of the lowest-scored branches computes."""
+    reused = ~torch.from_numpy(schedule.compute.copy())
+    scores = logits.sigmoid().cpu()[reused]
+    return scores.max().item() if len(scores) else 0.0
 
 
 def budget_schedule(

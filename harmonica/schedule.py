@@ -54,8 +54,8 @@ class Schedule:
             raise ValueError("the first step of a schedule must compute every branch")
         if self.reuses not in REUSES:
             raise ValueError(f"reuse of {self.reuses!r} is not one of {', '.join(REUSES)}")
-        if self.reuses == "blocks" and self.predictor != LAST:
-            raise ValueError("differences of blocks are reused as they are")
+        if self.reuses != "branches" and self.predictor != LAST:
+            raise ValueError(f"{self.reuses} are reused as they are, without a predictor")
         table.flags.writeable = False
         object.__setattr__(self, "compute", table)
 
@@ -157,6 +157,10 @@ class Schedule:
             table = [[c == "1" for c in row] for row in content["compute"]]
             reuses = content.get("reuses", "branches")
             table = np.array(table, dtype=bool)
+            if tensors is None and content.get("predictor", {}).get("name") == "learned":
+                raise HarmonicaError(
+                    "the coefficients of a learned schedule are in its router file; pass that one"
+                )
             predictor = from_dict(content.get("predictor", {"name": "last"}), table.shape, tensors)
             schedule = cls(table, costs, reuses, predictor)
             if min(costs.macs, default=0) < 0 or costs.rest < 0 or not 0 < costs.total < MOST_MACS:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from harmonica.cache import Cache, Masking, computing_branches
+from harmonica.cache import Cache, Masking, fill
 from harmonica.denoise import Trajectories
 from harmonica.router import Router, every_row
 from harmonica.samplers import State
@@ -105,7 +105,7 @@ def train_trajectory(
         # The first step computes everything and fills the cache.
         if s == 0:
             with torch.no_grad():
-                return batch.predict(s, x, computing_branches(cache, s))
+                return fill(cache, batch, s, x)
         return learn_step(batch, s, x, cache, router, masking, update)
 
     return batch.walk(State(batch.x_T), predict, stop=stop)
@@ -148,6 +148,19 @@ def router_optimizer(
     if coefficients:
         groups.append({"params": list(coefficients), "lr": coefficient_lr})
     return torch.optim.AdamW(groups, eps=eps, weight_decay=0.0)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    lr: float,
+    eps: float,
+    coefficient_lr: float,
+) -> None:
+    """Moments of a checkpoint; rates as they are given now, which may differ when a run goes on."""
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, (lr, coefficient_lr), strict=False):
+        group.update(lr=rate, eps=eps)
 
 
 class BetaControl:

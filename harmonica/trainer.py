@@ -61,6 +61,11 @@ class Trainer:
             frozen = load_schedule(
                 config.freeze_schedule, None, self.backbone, flag="--freeze-schedule"
             )
+            if frozen.reuses != "branches" or frozen.compute.all():
+                raise HarmonicaError(
+                    f"--freeze-schedule {config.freeze_schedule} reuses no single branches, so "
+                    "there are no coefficients to learn; pass another schedule"
+                )
         kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
         self.learner: Learner = kind(config, batches, consensus, frozen)
 
@@ -86,7 +91,7 @@ class Trainer:
                     self._load_state(state)
                 with progress.secured():
                     self._train(progress, min(limits) if self.learner.learns else 0)
-                self.learner.finish()
+                    self.learner.finish()
                 self._export(progress.directory)
             finally:
                 self.accelerator.end_training()
@@ -200,7 +205,7 @@ class Trainer:
         if directory is None:
             return
         config, backbone, schedule = self.config, self.backbone, self.learner.schedule()
-        logits = self.learner.router.logits().cpu()
+        logits = self.learner.logits().cpu()
         save_router(
             directory.router,
             RouterFile(

@@ -19,14 +19,13 @@ from harmonica.batches import Batches
 from harmonica.config import TrainConfig
 from harmonica.consensus import Consensus, Origin
 from harmonica.plots import learning_curve
-from harmonica.router import Router, budget_schedule
+from harmonica.router import Router, budget_schedule, highest_reused
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
-from harmonica.sdt import router_optimizer
+from harmonica.sdt import restore_optimizer, router_optimizer
 from harmonica.trajectory import Rollout
 from harmonica.values import Values
 
-START = 0.5  # logits of what the periodic schedule computes; their negative where it reuses
 AVERAGING = 0.8  # decay of the average of logits that is tried on held-out seeds
 TINY = 1e-8  # of a squared error: keeps the slope of its root finite
 
@@ -49,13 +48,9 @@ class TrajectoryLearner:
         self.accelerator, self.backbone = batches.accelerator, batches.backbone
         self.samples = batches.samples(config.global_batch_size, "--global-batch-size")
         steps, costs = config.num_sampling_steps, self.backbone.costs
-        if frozen is None:
-            frozen = evenly_spaced(steps, costs, config.budget)
-            # A first round of held-out seeds would be wasted on a target out of reach.
-            budget_schedule(torch.zeros(frozen.compute.shape), costs, config.budget)
-        start = torch.from_numpy(np.where(frozen.compute, START, -START)).float()
-        self.router = Router(start).to(self.accelerator.device)
-        self.values = Values(config, batches, frozen, self.samples)
+        start = frozen or evenly_spaced(steps, costs, config.budget)
+        self.router = Router.deciding(start.compute).to(self.accelerator.device)
+        self.values = Values(config, batches, start, self.samples)
         self.optimizer = self.accelerator.prepare(
             router_optimizer(
                 self.router,
@@ -67,7 +62,7 @@ class TrajectoryLearner:
         )
         self.average = self.router.logits()
         self.updates = 0
-        self.best = replace(frozen, predictor=self.values.frozen())
+        self.best = replace(start, predictor=self.values.frozen())
         self.best_logits = self.router.logits()
         # (update, error of the best so far on held-out seeds)
         self.history = [(0, self.values.held_out.error(self.best))]
@@ -84,10 +79,11 @@ class TrajectoryLearner:
     def schedule(self) -> Schedule:
         return self.best
 
+    def logits(self) -> Tensor:
+        return self.best_logits
+
     def cut(self) -> float:
-        reused = ~torch.from_numpy(self.best.compute.copy())
-        scores = self.best_logits.sigmoid().cpu()[reused]
-        return scores.max().item() if len(scores) else 0.0
+        return highest_reused(self.best_logits, self.best)
 
     # Learning.
 
@@ -147,7 +143,7 @@ class TrajectoryLearner:
         is_better = error < best
         if is_better:
             self.best, self.best_logits = schedule, logits
-        self.history.append((self.updates, min(error, best)))
+        self.history.append((self.updates, error if is_better else best))
         return is_better
 
     # After learning.
@@ -181,12 +177,14 @@ class TrajectoryLearner:
         ):
             logits = self.best_logits.cpu().numpy()
             compute = self.best.compute
+            if compute.all() or not compute[1:].any():
+                return  # there is nothing to exchange
             edge = logits[~compute].max()
             doubt = np.exp(-np.abs(logits - edge))
             doubt[0] = 0.0
             down = self._drawn(generator, doubt * compute)
             fitting = ~compute & (macs == macs[down[1]])[None]
-            if not fitting.any() or not (doubt * fitting).sum():
+            if not fitting.any():
                 continue
             up = self._drawn(generator, doubt * fitting)
             changed, swapped = compute.copy(), self.best_logits.clone()
@@ -217,7 +215,10 @@ class TrajectoryLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.values.load_state_dict(state["values"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        config = self.config
+        restore_optimizer(
+            self.optimizer, state["optimizer"], config.lr, config.adam_eps, config.coefficient_lr
+        )
         self.updates, self.history = state["updates"], [tuple(p) for p in state["history"]]
         device = self.accelerator.device
         self.average = state["average"].to(device)

@@ -4,13 +4,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from harmonica.baselines.fixed import evenly_spaced
 from harmonica.batches import Batches
+from harmonica.budget import Budget
 from harmonica.coefficients import Coefficients, fit_coefficients
 from harmonica.config import TrainConfig
 from harmonica.held_out import HeldOut
-from harmonica.predictors import Predictor, create_predictor
+from harmonica.predictors import (
+    Extrapolation,
+    LastValue,
+    Predictor,
+    create_predictor,
+    from_dict,
+    to_dict,
+)
 from harmonica.schedule import Schedule
 
 
@@ -18,10 +28,11 @@ class Values:
     """The predictor of a run, as its options say.
 
     Learned coefficients start from last values or from linear forecasts, whichever does better on
-    held-out seeds with the schedule that the run starts from.
+    held-out seeds with the schedule that the run starts from; where it has none, with whole reused
+    steps, evenly spaced.
     """
 
-    def __init__(self, config: TrainConfig, batches: Batches, start: Schedule, samples: int):
+    def __init__(self, config: TrainConfig, batches: Batches, start: Schedule | None, samples: int):
         """``samples``: of one forward of this process."""
         self.config, self.batches, self.samples = config, batches, samples
         model, sampler = batches.backbone.model, batches.backbone.sampler
@@ -31,7 +42,10 @@ class Values:
         if config.predictor != "learned":
             self.base = create_predictor(config.predictor, config.coordinate, sampler)
             return
-        self.base = self.held_out.better_base(start, config.coordinate, sampler)
+        if start is None:
+            steps, costs = config.num_sampling_steps, batches.backbone.costs
+            start = evenly_spaced(steps, costs, config.budget or Budget(cur=0.5))
+        self.base = self._better_base(start)
         if config.fit == "gradient":
             shape = start.compute.shape
             device = batches.accelerator.device
@@ -64,29 +78,33 @@ class Values:
     def fitted(self, schedule: Schedule) -> Schedule:
         """At the end: with coefficients in closed form, if asked for and better on held-out seeds.
 
-        The fit takes as many images as held-out seeds, and is averaged over processes.
+        The fit takes one batch, and sums over processes.
         """
         config, accelerator = self.config, self.batches.accelerator
         if config.predictor != "learned" or config.fit != "least-squares":
             return schedule
-        samples = self.batches.samples(config.held_out_batch_size, "--held-out-batch-size")
-        batch = self.batches("calibration", 0, samples)
-        learned = fit_coefficients(batch, schedule, self.base, self.channels).to(accelerator.device)
-        level, slope = (
-            accelerator.reduce(value, "mean").cpu() for value in (learned.level, learned.slope)
+        base = self._better_base(schedule)
+        batch = self.batches("calibration", 0, self.samples)
+        learned = fit_coefficients(batch, schedule, base, self.channels, accelerator.reduce)
+        choices = [base, learned.to(torch.device("cpu"))]
+        return min(
+            (schedule, *(replace(schedule, predictor=choice) for choice in choices)),
+            key=self.held_out.error,
         )
-        fitted = replace(schedule, predictor=replace(learned, level=level, slope=slope))
-        return min(fitted, schedule, key=self.held_out.error)
+
+    def _better_base(self, schedule: Schedule) -> LastValue | Extrapolation:
+        sampler = self.batches.backbone.sampler
+        return self.held_out.better_base(schedule, self.config.coordinate, sampler)
 
     def state_dict(self) -> dict[str, Any]:
         coefficients = self._coefficients
         return {
-            "base": self.base.depth,
+            "base": to_dict(self.base),
             "coefficients": None if coefficients is None else coefficients.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["base"] != self.base.depth:
-            raise ValueError("learned coefficients started from another base")
+        self.base = from_dict(state["base"], (self.config.num_sampling_steps, 0))
         if self._coefficients is not None:
+            self._coefficients.base = self.base
             self._coefficients.load_state_dict(state["coefficients"])

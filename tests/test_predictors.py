@@ -81,6 +81,13 @@ def test_learned_coefficients_act_on_level_and_slope():
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_half_precision_does_not_round_small_coefficients_away():
+    value, older = torch.full((2, 1, 1, 1), 256.0, dtype=torch.bfloat16)
+    weights = (torch.tensor(1.003), torch.tensor(0.003))
+    found = combine(weights, (value, older))
+    assert found.dtype == torch.bfloat16 and found.item() == 258.0  # of 257.5; 1.0 would leave 256
+
+
 def schedule(predictor) -> Schedule:
     compute = np.ones((8, 2), dtype=bool)
     compute[3:5] = False

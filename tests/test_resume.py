@@ -118,7 +118,8 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
 
 @pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])
 def test_every_way_of_learning_in_parts_ends_like_one(way, tmp_path, labelled_images):
-    options = {"objective": "trajectory", "predictor": "learned", "held_out_batch_size": 2}
+    options = {"objective": "trajectory", "predictor": "learned", "held_out_batch_size": 2,
+               "held_out_every": 1}  # fmt: skip
     if way == "learning-to-cache":
         options = {"method": way, "data": str(labelled_images), "target_cur": 0.2}
     one = train(tmp_path / "one", max_steps=4, **options)

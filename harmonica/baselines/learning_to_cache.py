@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harmonica.backbone import Backbone
-from harmonica.cache import Cache, Masking, computing_branches
+from harmonica.cache import Cache, Masking, fill
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.labelled_images import LabelledImages
@@ -118,6 +118,6 @@ def _filled(batch: Trajectories, s: int, cache: Cache) -> Tensor:
     """x_s, after step s - 1 has computed everything and filled the cache."""
 
     def predict(step: int, x: Tensor) -> Tensor:
-        return batch.predict(step, x, computing_branches(cache, step))
+        return fill(cache, batch, step, x)
 
     return batch.walk(State(batch.x_T), predict, start=s - 1, stop=s).x

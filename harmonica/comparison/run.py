@@ -185,7 +185,7 @@ class Comparison:
     def _trained_at_level(self, cell: Cell) -> Schedule:
         """A schedule learned on the final image, with what stands in for what it skips."""
         router = self._trained(
-            cell.key.replace(":", "_"),
+            cell.key,
             **TRAINED_AT_LEVEL[cell.method],
             objective="trajectory",
             max_steps=self.config.trajectory_updates,
