@@ -32,6 +32,7 @@ class Backbone:
         weights_hash: sha256 of the weights file, first 16 hex digits.
         costs: multiply-accumulates per branch, one row.
         how: what makes sampling fast.
+        latent_size: height and width of the latents, where they are not the model's square.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backbone:
     costs: Costs
     device: torch.device
     how: Acceleration = EAGER
+    latent_size: tuple[int, int] | None = None
 
     def router_info(self, **rest: Any) -> RouterInfo:
         """What a router for this backbone records; ``rest`` are further fields."""
@@ -68,14 +70,22 @@ class Backbone:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         config = self.model.config
-        return (config.in_channels, config.input_size, config.input_size)
+        height, width = self.latent_size or (config.input_size, config.input_size)
+        return (config.in_channels, height, width)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        factor = self.image_size // self.model.config.input_size
+        _, height, width = self.latent_shape
+        return height * factor, width * factor
 
 
 def select_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _reduce_precision(model: DiffusionTransformer, dtype: torch.dtype) -> None:
+def reduce_precision(model: DiffusionTransformer, dtype: torch.dtype) -> None:
     """Weights of matrix products in ``dtype``; embedding tables and positions stay float32."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -116,6 +126,8 @@ def load_backbone(
         config.sampler, config.num_sampling_steps, config.eta, spec.noise_schedule
     )
     model = create_model(config.model, image_size=size, num_classes=config.num_classes)
+    pixels = (config.height or size, config.width or size)
+    latent_size = (pixels[0] // spec.latent_factor, pixels[1] // spec.latent_factor)
     weights_hash = "random"
     if not random_weights:
         path = weights_file(config.ckpt, spec, size)
@@ -125,9 +137,9 @@ def load_backbone(
         conditions: Conditions = Placeholders(model)
     else:
         # A text encoder, far larger than the model, is gone before the model takes its place.
-        conditions = load_conditions(config, size, device)
+        conditions = load_conditions(config, pixels, device)
     model.requires_grad_(False).eval().to(device)
-    _reduce_precision(model, DTYPES[config.mixed_precision])
+    reduce_precision(model, DTYPES[config.mixed_precision])
     return Backbone(
         name=config.model,
         model=model,
@@ -138,7 +150,8 @@ def load_backbone(
         ),
         image_size=size,
         weights_hash=weights_hash,
-        costs=measure_costs(model),
+        costs=measure_costs(model, latent_size),
         device=device,
         how=how,
+        latent_size=latent_size,
     )

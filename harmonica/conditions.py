@@ -120,9 +120,12 @@ def _encoded(config: BackboneConfig, device: torch.device) -> EncodedPrompts:
 
 
 def load_conditions(
-    config: BackboneConfig, image_size: int, device: torch.device
+    config: BackboneConfig, size: tuple[int, int], device: torch.device
 ) -> Classes | PromptList:
     """What the samples of a configuration can be of. A text encoder is gone when this returns.
+
+    Args:
+        size: height and width of the images in pixels.
 
     Raises:
         HarmonicaError: no prompts for a model of text, or prompts encoded for another model.
@@ -140,4 +143,4 @@ def load_conditions(
             f"channels, and --model {config.model} takes {expected[0]} of {expected[1]}; encode "
             "them for this model"
         )
-    return PromptList(encoded, (image_size, image_size))
+    return PromptList(encoded, size)

@@ -82,6 +82,8 @@ class BackboneConfig(Options):
 
     model: str = option("DiT-Ti/4", "model of the zoo")
     image_size: int | None = option(None, "image side in pixels; default: the model's", low=1)
+    height: int | None = option(None, "image height of PixArt, where it is not --image-size", low=1)
+    width: int | None = option(None, "likewise, width", low=1)
     num_classes: int | None = option(None, "classes; default: the model's", low=1)
     ckpt: Path | None = option(
         None,
@@ -189,13 +191,21 @@ class BackboneConfig(Options):
                 f"--image-size {self.image_size} is none of {self.model}; use one of "
                 f"{', '.join(map(str, spec.sizes))}"
             )
-        factor = MODELS[self.model].latent_factor
+        factor = spec.latent_factor
         if self.image_size is not None and self.image_size % factor:
             raise HarmonicaError(
                 f"--image-size {self.image_size} is not divisible by the latent factor {factor}; "
                 f"use {max(1, self.image_size // factor) * factor}"
             )
-        patch = MODELS[self.model].config.patch_size
+        patch = spec.config.patch_size
+        for flag, side in (("--height", self.height), ("--width", self.width)):
+            if side is not None and not spec.constructor.is_stretchable:
+                raise HarmonicaError(f"{flag} {side}: images of {self.model} are square; drop it")
+            if side is not None and side % (factor * patch):
+                raise HarmonicaError(
+                    f"{flag} {side} is not a multiple of {factor * patch}; use "
+                    f"{max(1, side // (factor * patch)) * factor * patch}"
+                )
         if self.image_size is not None and self.image_size // factor % patch:
             raise HarmonicaError(
                 f"--image-size {self.image_size} gives a latent of {self.image_size // factor}, "

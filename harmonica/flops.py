@@ -43,13 +43,18 @@ class Costs:
         return [name.rpartition(".")[2] for name in self.names]
 
 
-def measure_costs(model: DiffusionTransformer) -> Costs:
-    """Count the branches of a model by running it once without computing anything."""
+def measure_costs(model: DiffusionTransformer, size: tuple[int, int] | None = None) -> Costs:
+    """Count the branches of a model by running it once without computing anything.
+
+    Args:
+        size: height and width in latent pixels; default: the model's.
+    """
     config = model.config
+    height, width = (config.input_size, config.input_size) if size is None else size
     with torch.device("meta"), torch.no_grad():
         shadow = type(model)(config)
-        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-        stream = torch.empty(1, shadow.num_tokens, config.hidden_size)
+        x = torch.empty(1, config.in_channels, height, width)
+        stream = torch.empty(1, shadow.tokens_at(height, width), config.hidden_size)
         time, context = torch.zeros(1), shadow.context(shadow.placeholder(1))
     macs = [0] * len(model.branch_names)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -185,6 +185,8 @@ class PixArtFinalLayer(nn.Module):
 class PixArt(DiffusionTransformer):
     """Text-conditional diffusion transformer with adaLN-single."""
 
+    is_stretchable = True
+
     def __init__(self, config: PixArtConfig):
         super().__init__()
         self.config = config

@@ -90,12 +90,14 @@ class DiffusionTransformer(nn.Module):
         config: typed dataclass that fixes all shapes, with ``hidden_size``, ``patch_size``,
             ``input_size``, ``in_channels`` and ``out_channels``.
         blocks: in the order of execution.
+        is_stretchable: whether latents may have other shapes than the configured square.
         joins: long skip connections: block to the earlier block whose output its ``join`` takes in
             before its first branch. They are outside of the branches.
     """
 
     config: Any
     blocks: Sequence[Block]
+    is_stretchable: bool = False
     joins: Mapping[int, int] = MappingProxyType({})
 
     @property
@@ -113,10 +115,14 @@ class DiffusionTransformer(nn.Module):
         """Numbers per row of a Conditioning, the context left out."""
         raise NotImplementedError
 
+    def tokens_at(self, height: int, width: int) -> int:
+        """Length of the residual stream of latents of this size."""
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
+
     @property
     def num_tokens(self) -> int:
         """Length of the residual stream at the default size."""
-        return (self.config.input_size // self.config.patch_size) ** 2
+        return self.tokens_at(self.config.input_size, self.config.input_size)
 
     def under_published_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of any layout that checkpoints come in, as ``load_state_dict`` wants it.

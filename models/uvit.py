@@ -140,9 +140,8 @@ class UViT(ClassConditional):
         half = self.config.depth // 2
         return {half + 1 + i: half - 1 - i for i in range(half)}
 
-    @property
-    def num_tokens(self) -> int:
-        return super().num_tokens + self.config.num_extra_tokens
+    def tokens_at(self, height: int, width: int) -> int:
+        return super().tokens_at(height, width) + self.config.num_extra_tokens
 
     @property
     def conditioning_size(self) -> int:

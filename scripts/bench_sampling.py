@@ -60,7 +60,8 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 def cache_bytes(backbone: Backbone, schedule: Schedule, rows: int) -> int:
     """What the plan keeps at its peak, for so many rows of the model."""
     model = backbone.model
-    value_bytes = model.num_tokens * model.config.hidden_size * precision_of(model).itemsize
+    tokens = model.tokens_at(*backbone.latent_shape[1:])
+    value_bytes = tokens * model.config.hidden_size * precision_of(model).itemsize
     plan = plan_replay(schedule.compute, schedule.costs.names, schedule.predictor.depth)
     return plan.peak_values * rows * value_bytes
 

@@ -8,6 +8,7 @@ import torch
 from conftest import relative
 from families import CONFIGS, tiny, tiny_trajectories
 
+from harmonica.backbone import reduce_precision
 from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, replay_branches
@@ -183,3 +184,19 @@ def test_blocks_that_do_not_run_cost_no_skip_connection():
     assert schedule.macs == 5 * costs.total - saved
     assert replace(schedule, reuses="branches").macs == 5 * costs.total - sum(costs.macs[6:10])
     assert Schedule.from_dict(schedule.to_dict()) == schedule
+
+
+@every_family
+@torch.no_grad()
+def test_half_precision_keeps_the_residual_stream_in_float32(family):
+    batch = tiny_trajectories(family)
+    exact, model = batch.predict(0, batch.x_T), tiny(family)
+    reduce_precision(model, torch.bfloat16)
+    half, seen = replace(batch, model=model), set()
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, x: seen.add((inputs[0].dtype, x.dtype)))
+    rough = half.predict(0, half.x_T)
+    assert 0 < relative(rough, exact) < 0.05
+    assert seen == {(torch.float32, torch.float32)} and rough.dtype == torch.float32
+    schedule = fora(5, measure_costs(model), 2)
+    assert relative(Engine(schedule)(half), Engine(schedule)(batch)) < 0.1

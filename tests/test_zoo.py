@@ -15,12 +15,17 @@ from safetensors.torch import save_file
 
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
+from harmonica.baselines.fixed import random_schedule
+from harmonica.budget import Budget
 from harmonica.conditions import load_conditions
 from harmonica.config import BackboneConfig, EvaluateConfig, SampleConfig, TrainConfig
+from harmonica.denoise import Guidance
 from harmonica.errors import HarmonicaError
+from harmonica.flops import measure_costs
 from harmonica.metrics.subject import open_subject
 from harmonica.prompts import encode_prompts, save_prompts
 from harmonica.randomness import Draws
+from harmonica.replay_plan import plan_replay
 from harmonica.report import sample_and_report
 from harmonica.router import load_router
 from harmonica.samplers import create_sampler
@@ -129,8 +134,11 @@ def test_an_image_is_that_of_its_prompt(zoo, folder, tmp_path, tiny_t5):
     assert np.abs(pictures["chosen"][0] - pictures["text"][0]).max() > 1
 
 
-def test_a_family_is_sampled_on_its_own_noise_schedule(zoo):
+def test_a_family_is_sampled_with_its_own_noise_schedule_and_guidance(zoo):
+    of_dit = load_backbone(BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"]), CPU)
+    assert of_dit.guidance == Guidance(1.5, 3)
     backbone = load_backbone(BackboneConfig(model="tiny-U-ViT", **zoo["tiny-U-ViT"]), CPU)
+    assert backbone.guidance == Guidance(1.4, None)
     assert backbone.sampler == create_sampler("dpm-solver", 4, noise_schedule="u-vit")
     assert backbone.sampled_by("ddim", 3).sampler.alphas_bar == (
         create_sampler("ddim", 3, noise_schedule="u-vit").alphas_bar
@@ -190,6 +198,25 @@ def test_evaluation_samples_image_i_of_prompt_i(zoo):
     assert not torch.allclose(latents, other)
 
 
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_images_need_not_be_square(zoo, tmp_path):
+    flags = {"height": 96, "width": 48, **zoo["tiny-PixArt"]}
+    config = SampleConfig(
+        model="tiny-PixArt", method="fora", target_cur=0.5, compare=True, repeats=1, num_images=1,
+        out=tmp_path, **flags,
+    )  # fmt: skip
+    config.check()
+    sample_and_report(config)
+    assert Image.open(tmp_path / "with_fora" / "000000.png").size == (48, 96)
+    backbone = load_backbone(config, CPU)
+    assert backbone.latent_shape == (4, 12, 6) and backbone.pixels == (96, 48)
+    assert backbone.conditions.of(torch.tensor([0])).size.tolist() == [[96, 48]]
+    square = load_backbone(replace(config, height=None, width=None), CPU)
+    assert square.pixels == (64, 64)
+    kind = backbone.costs.kinds.index("mlp")
+    assert backbone.costs.macs[kind] * 64 == square.costs.macs[kind] * 72
+
+
 def test_large_images_are_decoded_in_tiles(zoo, folder, monkeypatch):
     config = BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"])
     decode = load_decoder(config, CPU)
@@ -228,7 +255,7 @@ def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tin
     )
     config = BackboneConfig(model="tiny-PixArt", **{**zoo["tiny-PixArt"], "prompts": path})
     with pytest.raises(HarmonicaError, match=named):
-        load_conditions(config, 64, CPU)
+        load_conditions(config, (64, 64), CPU)
 
 
 @pytest.mark.parametrize("name", ["tiny-U-ViT", "tiny-PixArt"])
@@ -260,10 +287,26 @@ def test_published_models_have_the_published_sizes(name):
         assert micro == {1024}
 
 
+def test_an_image_of_2048_pixels_fits_24_gigabytes():
+    """Half precision, guidance, 2.2x: cached values at their peak, weights, and a step's own."""
+    with torch.device("meta"):
+        model = create_model("PixArt-Sigma-XL/2", image_size=2048)
+    costs = measure_costs(model)
+    schedule = random_schedule(20, costs, Budget(speedup=2.2), seed=0)
+    peak = plan_replay(schedule.compute, costs.names).peak_values
+    stream = 2 * model.num_tokens * model.config.hidden_size  # numbers, of both guidance halves
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    # The stream and a sum in float32; queries, keys, values and what they are made of; an MLP.
+    step = stream * (2 * 4 + 5 * 2 + 2 * 4 * 2)
+    assert 2 * stream * peak + 2 * weights + step < 12e9
+
+
 REFUSED = [
     ({"model": "PixArt-alpha-XL/2", "image_size": 300}, "--image-size 300"),
     ({"model": "U-ViT-H/2", "image_size": 512}, "--image-size 512"),
     ({"model": "PixArt-alpha-XL/2", "num_classes": 3}, "--num-classes"),
+    ({"model": "PixArt-alpha-XL/2", "width": 300}, "--width 300 is not a multiple of 16; use 288"),
+    ({"model": "DiT-XL/2", "height": 256}, "--height 256"),
     ({"model": "PixArt-alpha-XL/2", "prompts": "a", "prompt": "b"}, "--prompts and --prompt"),
     ({"model": "DiT-XL/2", "prompt": "a cat"}, "--prompt is for"),
     ({"model": "U-ViT-S/2", "cfg_scale": 1.4}, "--cfg-scale 1.4"),

@@ -348,7 +348,7 @@ class Comparison:
     @cached_property
     def extractor(self) -> Extractor:
         name = suitable_extractor(self.reference, self._is_bundled)
-        check_size(name, (self.backbone.image_size,) * 2, self.reference, "the model's are")
+        check_size(name, self.backbone.pixels, self.reference, "the model's are")
         extractor = load_extractor(name, self.device)
         self.reference.check(extractor)
         return extractor

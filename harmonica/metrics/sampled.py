@@ -40,7 +40,7 @@ class SampledImages:
 
     @property
     def size(self) -> tuple[int, int]:
-        return (self.backbone.image_size, self.backbone.image_size)
+        return self.backbone.pixels
 
     def labels(self, indices: range) -> Tensor | None:
         """Image i is of prompt i; None draws classes."""
