@@ -236,7 +236,8 @@ class StepwiseLearner:
         self.consensus.average_all(learning, loss, origin)
 
     def draw(self, folder: Path) -> None:
-        lambda_curve(folder / "lambda.png", self.refreshes)
+        if self.refreshes:
+            lambda_curve(folder / "lambda.png", self.refreshes)
 
     def finish(self) -> None:
         self.finished = self.values.fitted(self.schedule())
