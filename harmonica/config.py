@@ -232,6 +232,7 @@ class TrainConfig(BackboneConfig):
     # A flag of a group replaces what a preset says of it, and of what follows from it by default.
     REPLACED_BY_FLAG: ClassVar = (
         (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
+        (("l1",), ("objective", "refine")),
         (("freeze_schedule",), BUDGETS),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
         (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),

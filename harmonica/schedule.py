@@ -157,11 +157,12 @@ class Schedule:
             table = [[c == "1" for c in row] for row in content["compute"]]
             reuses = content.get("reuses", "branches")
             table = np.array(table, dtype=bool)
-            if tensors is None and content.get("predictor", {}).get("name") == "learned":
+            described = content.get("predictor", {"name": "last"})
+            if tensors is None and described["name"] == "learned":
                 raise HarmonicaError(
                     "the coefficients of a learned schedule are in its router file; pass that one"
                 )
-            predictor = from_dict(content.get("predictor", {"name": "last"}), table.shape, tensors)
+            predictor = from_dict(described, table.shape, tensors)
             schedule = cls(table, costs, reuses, predictor)
             if min(costs.macs, default=0) < 0 or costs.rest < 0 or not 0 < costs.total < MOST_MACS:
                 raise ValueError("its MACs are out of range")

@@ -120,13 +120,18 @@ def test_a_schedule_without_a_predictor_is_an_older_one():
         {"name": "extrapolation", "order": 3, "coordinate": list(STEPS)},
         {"name": "extrapolation", "order": 1, "coordinate": [0.0] * 8},
         {"name": "extrapolation", "order": 1, "coordinate": [*STEPS[:7], float("nan")]},
-        {"name": "learned", "base": {"name": "last"}, "hash": ""},
         "last",
     ],
 )
 def test_malformed_predictors_are_refused(content):
     document = schedule(LAST).to_dict() | {"predictor": content}
     with pytest.raises(HarmonicaError, match="malformed"):
+        Schedule.from_dict(document)
+
+
+def test_learned_coefficients_are_not_in_a_schedule_alone():
+    document = schedule(Learned.start(LAST, 8, 2, 1)).to_dict()
+    with pytest.raises(HarmonicaError, match="router file"):
         Schedule.from_dict(document)
 
 
