@@ -326,7 +326,7 @@ class TrainConfig(BackboneConfig):
     )
     held_out_every: int = option(10, "updates between such decisions", low=1)
     activation_checkpointing: bool = option(
-        False, "keep less for gradients and run parts again: less memory, a third more time"
+        False, "keep less for gradients and run parts again: less memory, more time"
     )
     init_mean: float = option(0.0, "mean of the initial logits", low=-5, high=5)
     init_std: float = option(0.1, "standard deviation of the initial logits", low=0)
