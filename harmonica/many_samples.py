@@ -27,7 +27,7 @@ from harmonica.lock import held
 from harmonica.options import plain
 from harmonica.randomness import Draws
 from harmonica.report import check_classes, choose_plan
-from harmonica.sampling import eight_bit, sample
+from harmonica.sampling import check_finite, eight_bit, sample
 from harmonica.shards import Origin, Shard, ShardFolder, divide
 
 POLL_S = 0.5
@@ -95,12 +95,7 @@ class Maker:
             plan.backbone, plan.schedule, self.draws, filled, labels, len(filled), None, self.engine
         )[: len(indices)]
         images = self.decode(latents)
-        broken = ~(latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1))
-        if broken.any():
-            raise HarmonicaError(
-                f"sampled image {indices[int(broken.nonzero()[0])]} is not finite; use "
-                "--mixed-precision no, or check --ckpt and --cfg-scale"
-            )
+        check_finite(latents, images, indices)
         return eight_bit(images).permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -133,6 +133,23 @@ def sample(
     return torch.cat(done)
 
 
+def check_finite(
+    latents: Tensor, images: Tensor, indices: Sequence[int], name: str | None = None
+) -> None:
+    """Refuse a batch in which a number is not finite.
+
+    Raises:
+        HarmonicaError: naming the first such image by its index; ``name`` says of which set.
+    """
+    broken = ~(latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1))
+    if broken.any():
+        which = f"{indices[int(broken.nonzero()[0])]}" + (f" ({name})" if name else "")
+        raise HarmonicaError(
+            f"sampled image {which} is not finite; use --mixed-precision no, or check --ckpt and "
+            "--cfg-scale"
+        )
+
+
 def eight_bit(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8, rounded, as image files have them."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)

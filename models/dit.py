@@ -15,6 +15,7 @@ from models.layers import (
     Modulation,
     TimestepEmbedder,
     gated,
+    initialize_projections,
     modulate,
     sincos_position_embedding,
     unpatchify,
@@ -117,13 +118,8 @@ class DiT(ClassConditional):
 
     def initialize_weights(self) -> None:
         """Initialisation of the DiT paper: gates and output start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)
+        initialize_projections(self, self.x_embedder.proj)
+        nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)

@@ -81,6 +81,15 @@ def gated(x: Tensor, gate: Tensor | None, update: Tensor) -> Tensor:
     return x + update if gate is None else torch.addcmul(x, gate, update)
 
 
+def initialize_projections(model: nn.Module, patches: nn.Conv2d) -> None:
+    """As DiT has them: Xavier's uniform weights, the patch embedding's too; zero biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+
+
 class TimestepEmbedder(nn.Module):
     """Timesteps (B,) to conditioning vectors (B, d): sinusoids, then a two-layer MLP."""
 

@@ -19,6 +19,7 @@ from models.layers import (
     Modulation,
     TimestepEmbedder,
     gated,
+    initialize_projections,
     modulate,
     sincos_position_embedding,
     unpatchify,
@@ -210,12 +211,7 @@ class PixArt(DiffusionTransformer):
 
     def initialize_weights(self) -> None:
         """Initialisation of the PixArt paper: cross-attention and output start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        initialize_projections(self, self.x_embedder.proj)
         embedders = [self.t_embedder, self.t_block, self.y_embedder]
         if self.config.has_micro_conditions:
             embedders += [self.csize_embedder, self.ar_embedder]

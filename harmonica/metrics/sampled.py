@@ -10,10 +10,9 @@ from torch import Tensor
 from harmonica.backbone import Backbone
 from harmonica.conditions import PromptList
 from harmonica.engine import Engine
-from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import Batch
 from harmonica.randomness import Draws
-from harmonica.sampling import eight_bit, sample
+from harmonica.sampling import check_finite, eight_bit, sample
 from harmonica.schedule import Schedule
 
 
@@ -75,12 +74,7 @@ class SampledImages:
             engine=self._engine,
         )
         images = self.decode(latents)
-        broken = ~(latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1))
-        if broken.any():
-            raise HarmonicaError(
-                f"sampled image {indices[int(broken.nonzero()[0])]} ({self.name}) is not finite; "
-                "use --mixed-precision no, or check --ckpt and --cfg-scale"
-            )
+        check_finite(latents, images, indices, self.name)
         return Batch(eight_bit(images), latents)
 
     def content_hash(self) -> None:
