@@ -1,8 +1,10 @@
 """Seeds that nothing is trained on decide what is kept."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
@@ -32,9 +34,13 @@ class HeldOut:
     def error(self, schedule: Schedule) -> float:
         """Mean squared error of the final latents against the uncached ones."""
         engine = Engine(schedule)
+        return self.distance([engine(batch) for batch in self.batches])
+
+    def distance(self, latents: Sequence[Tensor]) -> float:
+        """The same of latents (n, C, H, W), one of every batch."""
         errors = [
-            (engine(batch) - reference).square().flatten(1).mean(1)
-            for batch, reference in zip(self.batches, self.references, strict=True)
+            (mine - reference).square().flatten(1).mean(1)
+            for mine, reference in zip(latents, self.references, strict=True)
         ]
         return self.accelerator.reduce(torch.cat(errors).mean(), "mean").item()
 

@@ -24,8 +24,8 @@ from harmonica.sdt import (
     StepError,
     StepwiseDenoising,
     TrainingMethod,
+    optimizer_of,
     restore_optimizer,
-    router_optimizer,
 )
 from harmonica.values import Values
 
@@ -107,32 +107,30 @@ class StepwiseLearner:
         # One process of a machine fetches missing weights, the others find them.
         with self.accelerator.local_main_process_first():
             self.method = self._training_method()
-        self.router = Router.initial(
-            config.num_sampling_steps,
-            len(self.backbone.costs.names),
-            config.global_seed,
-            config.init_mean,
-            config.init_std,
-            self.method.rows,
-        ).to(self.accelerator.device)
-        if frozen is not None:
-            self.router = Router.deciding(frozen.compute).to(self.accelerator.device)
+        self.router = self._first_router().to(self.accelerator.device)
         self._decided()  # a target out of reach is refused before anything is written
         self.values = Values(config, batches, frozen, self.samples)
         self.optimizer = self.accelerator.prepare(
-            router_optimizer(
-                self.router,
-                config.lr,
-                config.adam_eps,
-                self.values.parameters,
-                config.coefficient_lr,
-            )
+            optimizer_of(config, self.router, self.values.parameters)
         )
         self.beta = BetaControl(config.l1, config.budget is not None, config.lr)
         self.weights = torch.zeros(config.num_sampling_steps)
         self.refreshes: list[tuple[int, list[float]]] = []
         self.updates = self.trajectories = self.refresh_at = 0
         self.finished: Schedule | None = None
+
+    def _first_router(self) -> Router:
+        config = self.config
+        if self.frozen is not None:
+            return Router.deciding(self.frozen.compute)
+        return Router.initial(
+            config.num_sampling_steps,
+            len(self.backbone.costs.names),
+            config.global_seed,
+            config.init_mean,
+            config.init_std,
+            self.method.rows,
+        )
 
     def _training_method(self) -> TrainingMethod:
         """Whole trajectories from noise, or pairs of steps from images."""
@@ -142,13 +140,11 @@ class StepwiseLearner:
                 config.num_sampling_steps, lambda number: batches("train", number, self.samples)
             )
         return LearningToCache(
-            self.backbone,
+            batches,
+            self.samples,
             LabelledImages(config.data, self.backbone.image_size),
             load_encoder(config, self.accelerator.device),
-            batches.draws("train"),
-            lambda number: batches.indices(number, self.samples),
             config.num_workers,
-            config.compares_all,
         )
 
     @property
@@ -189,19 +185,21 @@ class StepwiseLearner:
     def refresh_weights(self) -> None:
         """Re-estimate lambda on a fresh batch, averaged over processes."""
         self.refresh_at = self.updates + self.config.lambda_c
-        if self.config.lambda_form == "constant":
-            nothing = torch.zeros(self.config.num_sampling_steps)
-            self.weights = image_error_weights(nothing, nothing, "constant")
-            self.refreshes.append((self.updates, self.weights.tolist()))
-            return
+        image = output = torch.zeros(self.config.num_sampling_steps)
+        if self.config.lambda_form != "constant":  # which asks for no errors
+            image, output = self._measured_errors()
+        self.weights = image_error_weights(image, output, self.config.lambda_form)
+        self.refreshes.append((self.updates, self.weights.tolist()))
+
+    def _measured_errors(self) -> tuple[Tensor, Tensor]:
+        """(T,) of the image, (T,) of the outputs; see ``ImageErrors``. On the CPU."""
         batch = self.batches("lambda", len(self.refreshes), self.lambda_samples)
         student = Student(batch, self.router.logits(), self.masking(), self.config.lambda_rows)
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
         origin = Origin(f"the image-error weights of update {self.updates}", batch.indices)
         image, output = self.consensus.mean(torch.stack([errors.image, errors.output]), origin)
-        self.weights = image_error_weights(image.cpu(), output.cpu(), self.config.lambda_form)
-        self.refreshes.append((self.updates, self.weights.tolist()))
+        return image.cpu(), output.cpu()
 
     def update(self, step: StepError) -> tuple[Tensor, Tensor]:
         """One AdamW step of one row, which all processes make or none.
@@ -266,7 +264,7 @@ class StepwiseLearner:
         if self.config.budget is None or self.frozen is not None:
             return
         rows = list(self.method.rows)
-        target = 1.0 - float(self.schedule().compute[rows].mean())
+        target = 1.0 - float(self._decided().compute[rows].mean())
         if self.beta.is_unset:
             self.beta.start(worths, target)
         else:
@@ -290,10 +288,7 @@ class StepwiseLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.values.load_state_dict(state["values"])
-        config = self.config
-        restore_optimizer(
-            self.optimizer, state["optimizer"], config.lr, config.adam_eps, config.coefficient_lr
-        )
+        restore_optimizer(self.optimizer, state["optimizer"], self.config)
         self.updates, self.trajectories = state["updates"], state["trajectories"]
         self.refreshes = [(update, list(weights)) for update, weights in state["refreshes"]]
         self.refresh_at, self.weights = state["refresh_at"], state["weights"]

@@ -6,10 +6,11 @@ import os
 import re
 import subprocess
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harmonica.config import LENGTH_AND_OUTPUT, REMEDIES, BackboneConfig, TrainConfig
+from harmonica.denoise import Effort
 from harmonica.errors import HarmonicaError
 from harmonica.files import parse_json, read_json, write_atomically
 from harmonica.lock import held
@@ -141,6 +142,13 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def record_effort(self, effort: Effort) -> None:
+        """What training took, in ``effort.json``."""
+        write_atomically(self.path / "effort.json", json.dumps(asdict(effort)).encode())
+
+    def effort(self) -> Effort:
+        return Effort(**read_json(self.path / "effort.json"))
 
     def forget_after(self, updates: int) -> None:
         """Drop lines of ``metrics.jsonl`` that training will write again, and one cut short."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import Cache, Masking, fill
+from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.router import Router, every_row
 from harmonica.samplers import State
@@ -150,17 +151,21 @@ def router_optimizer(
     return torch.optim.AdamW(groups, eps=eps, weight_decay=0.0)
 
 
+def optimizer_of(
+    config: TrainConfig, router: Router, coefficients: Sequence[Tensor]
+) -> torch.optim.AdamW:
+    """The optimiser that a run's options say."""
+    return router_optimizer(router, config.lr, config.adam_eps, coefficients, config.coefficient_lr)
+
+
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    lr: float,
-    eps: float,
-    coefficient_lr: float,
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], config: TrainConfig
 ) -> None:
     """Moments of a checkpoint; rates as they are given now, which may differ when a run goes on."""
     optimizer.load_state_dict(state)
-    for group, rate in zip(optimizer.param_groups, (lr, coefficient_lr), strict=False):
-        group.update(lr=rate, eps=eps)
+    rates = (config.lr, config.coefficient_lr)
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        group.update(lr=rate, eps=config.adam_eps)
 
 
 class BetaControl:

@@ -1,6 +1,7 @@
 """A training run of a router: learning, logging, checkpoints, export."""
 
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -54,6 +55,7 @@ class Trainer:
         batches = Batches(
             self.accelerator, self.backbone, config.global_seed, config.compares_all, run
         )
+        self.effort, self._since = batches.effort, time.monotonic()
         self.interruption = Interruption()
         consensus = Consensus(self.accelerator, self.interruption)
         frozen = None
@@ -92,6 +94,7 @@ class Trainer:
                 with progress.secured():
                     self._train(progress, min(limits) if self.learner.learns else 0)
                     self.learner.finish()
+                self._clock()
                 self._export(progress.directory)
             finally:
                 self.accelerator.end_training()
@@ -143,12 +146,14 @@ class Trainer:
         from the seed and the counters.
         """
         scaler = self.accelerator.scaler
+        self._clock()
         return {
             "format": CHECKPOINT_FORMAT,
             "versions": {"harmonica": __version__, "torch": str(torch.__version__)},
             "config": plain(self.config),
             "weights_hash": self.backbone.weights_hash,
             "learner": self.learner.state_dict(),
+            "effort": asdict(self.effort),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -165,6 +170,8 @@ class Trainer:
             )
         try:
             self.learner.load_state_dict(state["learner"])
+            for name, spent in state["effort"].items():
+                setattr(self.effort, name, spent)
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -173,6 +180,12 @@ class Trainer:
                 f"the checkpoint does not fit this version of the project ({reason}); go on with "
                 f"the one that wrote it ({state['versions']})"
             ) from None
+
+    def _clock(self) -> None:
+        """Add the time since the last call to what has been spent."""
+        now = time.monotonic()
+        self.effort.seconds += now - self._since
+        self._since = now
 
     # Output.
 
@@ -218,6 +231,9 @@ class Trainer:
             ),
         )
         schedule.save(directory.schedule)
+        # Processes share evaluations evenly.
+        evaluations = self.effort.evaluations * self.accelerator.num_processes
+        directory.record_effort(replace(self.effort, evaluations=evaluations))
         router_heatmap(
             directory.path / "router.png",
             logits.sigmoid().numpy(),

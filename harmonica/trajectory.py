@@ -6,7 +6,8 @@ what enters the cache, so a refresh is credited for all the steps that reuse it,
 compared step by step cannot do.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +102,15 @@ class _Decided:
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where a rollout stands before evaluation s."""
+
+    s: int
+    state: State
+    histories: tuple[History, ...]
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Differentiable sampling with a cache.
 
@@ -113,17 +123,28 @@ class Rollout:
 
     compute: np.ndarray
     predictor: Predictor
-    checkpoints: bool
+    checkpoints: bool = False
 
-    def __call__(self, batch: Trajectories, decisions: Tensor | None) -> Tensor:
-        """Final latents (n, C, H, W).
+    def __call__(
+        self, batch: Trajectories, decisions: Tensor | None = None, start: Position | None = None
+    ) -> Tensor:
+        """Final latents (n, C, H, W); arguments are those of ``positions``."""
+        return deque(self.positions(batch, decisions, start), maxlen=1).pop().state.x
+
+    def positions(
+        self, batch: Trajectories, decisions: Tensor | None = None, start: Position | None = None
+    ) -> Iterator[Position]:
+        """Every position from ``start`` to the end, both included.
 
         Args:
             decisions: (T, N) equal to ``compute``, differentiable; None to learn coefficients
                 alone, which computes nothing that is reused.
+            start: a position of a rollout that did the same up to there; None for the noise.
         """
-        state = State(batch.x_T)
-        histories: tuple[History, ...] = ((),) * self.compute.shape[1]
+        if start is None:
+            start = Position(0, State(batch.x_T), ((),) * self.compute.shape[1])
+        yield start
+        state, histories = start.state, start.histories
 
         def step(s: int, state: State, histories: tuple) -> tuple[State, tuple[History, ...]]:
             branches = [
@@ -141,10 +162,10 @@ class Rollout:
             )
             return state, tuple(branch.following for branch in branches)
 
-        for s in range(batch.num_steps):
+        for s in range(start.s, batch.num_steps):
             batch.conditioning(s)  # known before anything is run twice
             if self.checkpoints:
                 state, histories = checkpoint(step, s, state, histories, use_reentrant=False)
             else:
                 state, histories = step(s, state, histories)
-        return state.x
+            yield Position(s + 1, state, histories)

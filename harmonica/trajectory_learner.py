@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,11 +17,12 @@ from harmonica.baselines.fixed import evenly_spaced
 from harmonica.batches import Batches
 from harmonica.config import TrainConfig
 from harmonica.consensus import Consensus, Origin
+from harmonica.exchanges import Exchanges
 from harmonica.plots import learning_curve
 from harmonica.router import Router, budget_schedule, highest_reused
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
-from harmonica.sdt import restore_optimizer, router_optimizer
+from harmonica.sdt import optimizer_of, restore_optimizer
 from harmonica.trajectory import Rollout
 from harmonica.values import Values
 
@@ -52,13 +52,7 @@ class TrajectoryLearner:
         self.router = Router.deciding(start.compute).to(self.accelerator.device)
         self.values = Values(config, batches, start, self.samples)
         self.optimizer = self.accelerator.prepare(
-            router_optimizer(
-                self.router,
-                config.lr,
-                config.adam_eps,
-                self.values.parameters,
-                config.coefficient_lr,
-            )
+            optimizer_of(config, self.router, self.values.parameters)
         )
         self.average = self.router.logits()
         self.updates = 0
@@ -133,18 +127,14 @@ class TrajectoryLearner:
             for grad in rows:
                 grad -= common
 
-    def _try(self, schedule: Schedule, logits: Tensor) -> bool:
+    def _try(self, schedule: Schedule, logits: Tensor) -> None:
         """Keep a schedule, with the coefficients of now, if held-out seeds say so."""
         schedule = replace(schedule, predictor=self.values.frozen())
-        return self._keep_better(schedule, logits)
-
-    def _keep_better(self, schedule: Schedule, logits: Tensor) -> bool:
         error, best = self.values.held_out.error(schedule), self.history[-1][1]
         is_better = error < best
         if is_better:
             self.best, self.best_logits = schedule, logits
         self.history.append((self.updates, error if is_better else best))
-        return is_better
 
     # After learning.
 
@@ -164,38 +154,15 @@ class TrajectoryLearner:
         self.history.append((self.updates, self.values.held_out.error(self.best)))
 
     def _refine(self) -> None:
-        """Exchange one computed for one reused branch of the same cost, where it helps.
-
-        Candidates are drawn with a preference for scores near the cut, the same on all processes.
-        """
-        generator = np.random.default_rng(self.config.global_seed)
-        macs = np.array(self.backbone.costs.macs)
-        for _ in tqdm(
-            range(self.config.refine),
-            desc="flips",
-            disable=not self.accelerator.is_main_process,
-        ):
-            logits = self.best_logits.cpu().numpy()
-            compute = self.best.compute
-            if compute.all() or not compute[1:].any():
-                return  # there is nothing to exchange
-            edge = logits[~compute].max()
-            doubt = np.exp(-np.abs(logits - edge))
-            doubt[0] = 0.0
-            down = self._drawn(generator, doubt * compute)
-            fitting = ~compute & (macs == macs[down[1]])[None]
-            if not fitting.any():
-                continue
-            up = self._drawn(generator, doubt * fitting)
-            changed, swapped = compute.copy(), self.best_logits.clone()
-            changed[down], changed[up] = False, True
-            swapped[down], swapped[up] = self.best_logits[up], self.best_logits[down]
-            self._keep_better(replace(self.best, compute=changed), swapped)
-
-    @staticmethod
-    def _drawn(generator: np.random.Generator, weights: np.ndarray) -> tuple[int, int]:
-        place = generator.choice(weights.size, p=weights.ravel() / weights.sum())
-        return int(place) // weights.shape[1], int(place) % weights.shape[1]
+        """Exchange computed for reused branches, one or two pairs at a time, where it helps."""
+        search = Exchanges(
+            self.values.held_out, self.best, self.best_logits, self.config.global_seed
+        )
+        trials = range(self.config.refine)
+        for trial in tqdm(trials, desc="exchanges", disable=not self.accelerator.is_main_process):
+            if search.attempt(1 + trial % 2):
+                self.history.append((self.updates, search.error))
+        self.best, self.best_logits = search.schedule, search.logits
 
     # Checkpoints.
 
@@ -215,10 +182,7 @@ class TrajectoryLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.router.load_state_dict(state["router"])
         self.values.load_state_dict(state["values"])
-        config = self.config
-        restore_optimizer(
-            self.optimizer, state["optimizer"], config.lr, config.adam_eps, config.coefficient_lr
-        )
+        restore_optimizer(self.optimizer, state["optimizer"], self.config)
         self.updates, self.history = state["updates"], [tuple(p) for p in state["history"]]
         device = self.accelerator.device
         self.average = state["average"].to(device)

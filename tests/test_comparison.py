@@ -1,6 +1,7 @@
 """The comparison: every method on the same seeds, resumable, tabulated and drawn."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from harmonica.baselines import OF_LONG_SKIPS
-from harmonica.comparison.config import ALL_METHODS, CompareConfig
+from harmonica.comparison.config import DEFAULT_METHODS, CompareConfig
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown
 from harmonica.errors import HarmonicaError
@@ -36,7 +37,7 @@ def test_every_method_in_one_comparison(tmp_path, labelled_images):
     results = report["results"]
     seen = {result["method"] for result in results}
     # FORA has no interval near this level; whole reused steps are what --method uniform is.
-    assert seen == {"uncached", *ALL_METHODS} - {"fora", "fora-taylor1", *OF_LONG_SKIPS}
+    assert seen == {"uncached", *DEFAULT_METHODS} - {"fora", "fora-taylor1", *OF_LONG_SKIPS}
     for result in results:
         assert len(result["against_uncached"]["mse"]) == 4
         if result["method"] != "uncached":
@@ -111,7 +112,9 @@ def test_a_line_of_the_table_is_the_mean_over_seeds(finished):
     results = json.loads((finished.out / "comparison.json").read_text())["results"]
     means = [r["against_uncached"]["mse_mean"] for r in results if r["method"] == "random"]
     line = next(x for x in markdown(results).splitlines() if x.startswith("| random"))
-    assert f"{sum(means) / 2:.5f} ({min(means):.5f} to {max(means):.5f})" in line
+    numbers = re.search(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", line).groups()
+    expected = [sum(means) / 2, min(means), max(means)]
+    assert [float(number) for number in numbers] == pytest.approx(expected, rel=0.005)
 
 
 def test_more_steps_come_nearer_to_the_exact_solution(tmp_path):
@@ -159,6 +162,32 @@ def test_a_reference_of_images_is_measured(tmp_path, labelled_images):
     Comparison(config).run()
     report = json.loads((config.out / "comparison.json").read_text())
     assert set(report["results"][0]["scores"]) == {"FID-cifar", "precision-cifar"}
+
+
+@pytest.mark.slow
+def test_parts_of_the_method_one_by_one(tmp_path):
+    """Every schedule can be compared with every value, with what training took."""
+    methods = ("fora", "fora-fitted", "fora-learned", "harmonica-learned", "trajectory-refined")
+    config = CompareConfig(
+        **{**TINY, "num_images": 0, "speedups": None, "seeds": (0,)}, curs=(0.5,), methods=methods,
+        exchanges=2, out=tmp_path / "out",
+    )  # fmt: skip
+    table = Comparison(config).run()
+    report = json.loads((config.out / "comparison.json").read_text())
+    by_method = {result["method"]: result for result in report["results"]}
+    assert by_method.keys() == {"uncached", *methods}
+    tables = {
+        name: result["schedule"]["compute"]
+        for name, result in by_method.items()
+        if result["schedule"]
+    }
+    assert tables["fora"] == tables["fora-fitted"] == tables["fora-learned"]
+    assert tables["fora"] != tables["harmonica-learned"]
+    training = {name: result.get("training") for name, result in by_method.items()}
+    assert training["fora"] is None
+    assert all(training[name]["evaluations"] > 0 for name in methods[1:])
+    evaluations = training["fora-learned"]["evaluations"]
+    assert f"{evaluations / 1000:.1f}k, " in table
 
 
 def test_quick_gives_way_to_flags_and_presets_to_quick():

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,7 @@ from harmonica.labelled_images import LabelledImages
 from harmonica.learner import StepwiseLearner
 from harmonica.randomness import Draws
 from harmonica.router import Router, RouterFile, load_router, save_router
+from harmonica.run_directory import RunDirectory
 from harmonica.samplers import SAMPLERS, State, create_sampler
 from harmonica.sampling import load_schedule, sample
 from harmonica.schedule import Schedule
@@ -61,26 +63,44 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["harmonica", "learning-to-cache"])
-def test_two_processes_train_like_one(method, tmp_path, labelled_images):
-    arguments = ARGUMENTS
-    if method == "learning-to-cache":
-        arguments = [*ARGUMENTS, "--method", method, "--data", str(labelled_images)]
-    for name in ("one", "two"):
+@pytest.mark.parametrize("way", ["harmonica", "learning-to-cache", "trajectory"])
+def test_two_processes_train_like_one(way, tmp_path, labelled_images):
+    """So does a run whose first part had two processes and its second part has one."""
+    arguments = {
+        "harmonica": ARGUMENTS,
+        "learning-to-cache": [*ARGUMENTS, "--method", way, "--data", str(labelled_images)],
+        "trajectory": [
+            *ARGUMENTS, "--objective", way, "--predictor", "learned", "--held-out-every", "2",
+            "--refine", "2", "--lr", "0.05",
+        ],
+    }[way]  # fmt: skip
+    for name in ("one", "two", "changing"):
         (tmp_path / name).mkdir()
-    done = run_command("train_router.py", *arguments, cwd=tmp_path / "one")
-    assert done.returncode == 0, done.stderr
-    done = torchrun(*arguments, cwd=tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=2e-3)
-    folders = [tmp_path / name / "results" / "000-DiT-Ti-4-T4" for name in ("one", "two")]
+    parts = {
+        "one": [(run_command, ["train_router.py", *arguments])],
+        "two": [(torchrun, arguments)],
+        "changing": [
+            (torchrun, [*arguments, "--max-steps", "6"]),
+            (run_command, ["train_router.py", *arguments, "--resume", "auto"]),
+        ],
+    }
+    for name, commands in parts.items():
+        for start, command in commands:
+            done = start(*command, cwd=tmp_path / name)
+            assert done.returncode == 0, done.stderr
+    one = metrics(tmp_path / "one")
+    folders = [tmp_path / name / "results" / "000-DiT-Ti-4-T4" for name in parts]
     routers = [load_router(folder) for folder in folders]
-    assert (routers[0].logits - routers[1].logits).abs().max() < 5e-3
-    # Only one process writes.
-    assert len(list((tmp_path / "two" / "results").iterdir())) == 1
+    for name, router in zip(("two", "changing"), routers[1:], strict=True):
+        assert len(one) == len(metrics(tmp_path / name)) == 3
+        for a, b in zip(one, metrics(tmp_path / name), strict=True):
+            assert a == pytest.approx(b, rel=2e-3)
+        assert (routers[0].logits - router.logits).abs().max() < 5e-3
+        assert np.array_equal(routers[0].schedule.compute, router.schedule.compute)
+        # Only one process writes, and a run that goes on is the same one.
+        assert len(list((tmp_path / name / "results").iterdir())) == 1
+    efforts = [RunDirectory(folder).effort().evaluations for folder in folders]
+    assert efforts[0] == efforts[1] and efforts[2] > 0
 
 
 def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelled_images):

@@ -15,6 +15,7 @@ from harmonica.coefficients import Coefficients, fit_coefficients
 from harmonica.config import TrainConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
+from harmonica.exchanges import Exchanges
 from harmonica.predictors import LAST, Extrapolation, Learned, combine
 from harmonica.router import load_router, threshold_schedule
 from harmonica.samplers import State
@@ -208,6 +209,46 @@ def test_a_trial_that_is_not_finite_is_no_trial(tmp_path, monkeypatch):
     before = running.learner.history[0][1]
     running.learner.sweep()
     assert running.learner.history[-1][1] == before
+
+
+@pytest.mark.parametrize("forecasts", [False, True])
+def test_a_rollout_goes_on_from_any_position(golden: Golden, forecasts):
+    plan = schedule(golden, linear(golden) if forecasts else LAST)
+    batch, rollout = golden.trajectories(), Rollout(plan.compute, plan.predictor)
+    with torch.no_grad():
+        positions = list(rollout.positions(batch))
+        assert [position.s for position in positions] == list(range(golden.num_steps + 1))
+        for position in positions:
+            assert torch.equal(rollout(batch, start=position), positions[-1].state.x)
+
+
+def test_exchanges_keep_the_cost_and_only_what_is_better(tmp_path):
+    learner = trainer(tmp_path, held_out_batch_size=4).learner
+    held_out, start = learner.values.held_out, learner.best
+    search = Exchanges(held_out, start, learner.best_logits, seed=0)
+    assert search.error == pytest.approx(held_out.error(start), rel=1e-4)
+    kept, error = [], search.error
+    for trial in range(12):
+        kept.append(search.attempt(1 + trial % 2))
+        assert (search.error < error) == kept[-1]
+        assert search.schedule.macs == start.macs
+        # What was rolled out from the middle is what the whole rollout gives.
+        assert search.error == pytest.approx(held_out.error(search.schedule), rel=1e-4)
+        error = search.error
+    assert any(kept) and not all(kept)
+    compute, scores = search.schedule.compute, search.logits[1:].numpy()
+    assert scores[~compute[1:]].max() <= scores[compute[1:]].min()
+
+
+def test_exchanges_share_what_comes_before(tmp_path):
+    learner = trainer(tmp_path, held_out_batch_size=4).learner
+    search = Exchanges(learner.values.held_out, learner.best, learner.best_logits, seed=0)
+    effort, samples, saved = learner.batches.effort, 2, 0
+    for _ in range(6):
+        before = effort.evaluations
+        search.attempt(1)
+        saved += 4 * samples - (effort.evaluations - before)
+    assert saved > 0
 
 
 def test_exchanges_end_where_there_is_nothing_to_exchange(tmp_path):

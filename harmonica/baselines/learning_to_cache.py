@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from harmonica.backbone import Backbone
+from harmonica.batches import Batches
 from harmonica.cache import Cache, Masking, fill
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.labelled_images import LabelledImages
-from harmonica.randomness import Draws
 from harmonica.router import Router, alternate_rows
 from harmonica.samplers import State
 from harmonica.sdt import StepError, TrainingMethod, learn_step
@@ -33,30 +32,28 @@ class LearningToCache(TrainingMethod):
     """The published training, one update per batch of images.
 
     Args:
+        samples: of this process in a batch.
         encode: images (n, 3, H, W) in [-1, 1] to latents.
-        global_indices: batch number to this process's sample indices.
-        compares_all: see ``Trajectories``.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        batches: Batches,
+        samples: int,
         images: LabelledImages,
         encode: Callable[[Tensor], Tensor],
-        draws: Draws,
-        global_indices: Callable[[int], range],
         num_workers: int,
-        compares_all: bool,
     ):
+        backbone = batches.backbone
         classes = backbone.model.config.num_classes
         if len(images.classes) > classes:
             raise HarmonicaError(
                 f"--data has {len(images.classes)} classes and --model {backbone.name} has "
                 f"{classes}; pass the images that the model was trained on"
             )
-        self.backbone, self.images, self.encode, self.draws = backbone, images, encode, draws
-        self.global_indices, self.num_workers = global_indices, num_workers
-        self.compares_all = compares_all
+        self.batches, self.samples, self.num_workers = batches, samples, num_workers
+        self.backbone, self.images, self.encode = backbone, images, encode
+        self.draws = batches.draws("train")
         self.rows = alternate_rows(len(backbone.sampler.timesteps))
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
 
@@ -65,7 +62,7 @@ class LearningToCache(TrainingMethod):
 
         def places() -> Iterator[list[int]]:
             for following in itertools.count(number):
-                indices = self.global_indices(following)
+                indices = self.batches.indices(following, self.samples)
                 yield self.draws.integers("image", indices, len(self.images)).tolist()
 
         loader = DataLoader(self.images, batch_sampler=places(), num_workers=self.num_workers)
@@ -93,7 +90,8 @@ class LearningToCache(TrainingMethod):
 
     def _noised(self, s: int, number: int, images: Tensor, labels: Tensor) -> Trajectories:
         """Trajectories that stand at noised images before evaluation s."""
-        indices, draws, backbone = self.global_indices(number), self.draws, self.backbone
+        indices = self.batches.indices(number, self.samples)
+        draws, backbone = self.draws, self.backbone
         mirrored = draws.integers("mirrored", indices, 2).bool()
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         x0 = self.encode(images.float() / 127.5 - 1)
@@ -108,8 +106,9 @@ class LearningToCache(TrainingMethod):
             y=y.to(backbone.device),
             x_T=bar**0.5 * x0 + (1 - bar) ** 0.5 * noise,
             noise=lambda s: draws.step_noise(s, indices, backbone.latent_shape).to(x0.device),
-            compares_all=self.compares_all,
+            compares_all=self.batches.compares_all,
             indices=indices,
+            effort=self.batches.effort,
         )
 
 

@@ -18,13 +18,30 @@ TRAINED: dict[str, dict] = {
     "sdt-ltc-loss": {"lambda_form": "constant"},
     "learning-to-cache": {"method": "learning-to-cache"},
 }
-# These learn a schedule for one cost, and what stands in at that schedule.
-TRAINED_AT_LEVEL: dict[str, dict] = {
-    "trajectory": {},
-    "trajectory-taylor1": {"predictor": "taylor1"},
-    "trajectory-learned": {"predictor": "learned"},
+# What may stand in for what a schedule skips, beside last values.
+_VALUES: dict[str, dict] = {
+    "-taylor1": {"predictor": "taylor1"},
+    "-fitted": {"predictor": "learned", "fit": "least-squares"},
+    "-learned": {"predictor": "learned"},
 }
-ALL_METHODS = (*TRAINED_AT_LEVEL, *TRAINED, *METHODS)
+_TRAJECTORY = {"objective": "trajectory"}
+# These learn for one cost: a schedule, and what stands in at that schedule.
+TRAINED_AT_LEVEL: dict[str, dict] = {
+    "trajectory": _TRAJECTORY,
+    **{f"trajectory{name}": _TRAJECTORY | value for name, value in _VALUES.items()},
+    **{f"harmonica{name}": value for name, value in _VALUES.items()},
+}
+# These go on from there with exchanges.
+REFINED = tuple(f"{name}-refined" for name in TRAINED_AT_LEVEL if name.startswith("trajectory"))
+# These learn what stands in for what FORA skips, on the final image.
+ON_FORA = {f"fora{name}": _TRAJECTORY | _VALUES[name] for name in ("-fitted", "-learned")}
+LEARNED = (*TRAINED, *TRAINED_AT_LEVEL, *REFINED, *ON_FORA)
+ALL_METHODS = (*LEARNED, *METHODS)
+DEFAULT_METHODS = (
+    *("trajectory", "trajectory-taylor1", "trajectory-learned"),
+    *TRAINED,
+    *METHODS,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,7 @@ class CompareConfig(BackboneConfig):
     """Comparison of methods at equal cost."""
 
     methods: tuple[str, ...] = option(
-        ALL_METHODS, "methods to compare", choices=ALL_METHODS, many=True
+        DEFAULT_METHODS, "methods to compare", choices=ALL_METHODS, many=True
     )
     speedups: tuple[float, ...] | None = option(
         None, "cost levels: theoretical speed-ups; default: 1.25 1.5 2 2.5", low=1, many=True
@@ -60,6 +77,7 @@ class CompareConfig(BackboneConfig):
     trajectory_updates: int = option(
         90, "updates of methods that learn on the final image, at every level anew", low=1
     )
+    exchanges: int = option(200, "trials of methods that exchange branches after learning", low=1)
     train_cur: float = option(
         0.5,
         "share of reuse they are trained at, and cut at every level; Learning-to-Cache, which can "
@@ -89,6 +107,7 @@ class CompareConfig(BackboneConfig):
         "seeds": (0,),
         "train_updates": 95,
         "trajectory_updates": 4,
+        "exchanges": 4,
         "repeats": 1,
     }
     REPLACED_BY_FLAG: ClassVar = ((("speedups", "curs"), ("speedups", "curs")),)
@@ -140,4 +159,4 @@ class Cell:
     @property
     def has_seeds(self) -> bool:
         """Whether another seed makes another schedule."""
-        return self.method in (*TRAINED, *TRAINED_AT_LEVEL, "random")
+        return self.method in (*LEARNED, "random")

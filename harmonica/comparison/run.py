@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,15 @@ from harmonica.backbone import load_backbone, select_device
 from harmonica.baselines import METHODS, OF_LONG_SKIPS, Plan
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
-from harmonica.comparison.config import TRAINED, TRAINED_AT_LEVEL, Cell, CompareConfig
+from harmonica.comparison.config import (
+    LEARNED,
+    ON_FORA,
+    REFINED,
+    TRAINED,
+    TRAINED_AT_LEVEL,
+    Cell,
+    CompareConfig,
+)
 from harmonica.comparison.table import markdown
 from harmonica.config import TrainConfig
 from harmonica.engine import Engine
@@ -33,6 +43,7 @@ from harmonica.options import plain
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
 from harmonica.router import SEMANTICS, RouterFile, budget_schedule, load_router
+from harmonica.run_directory import RunDirectory
 from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
@@ -144,7 +155,7 @@ class Comparison:
     # Plans.
 
     def plan(self, cell: Cell) -> Plan:
-        """How a cell samples.
+        """How a cell samples; what has to learn does it first, unless an earlier run did.
 
         Raises:
             OutOfReach: no setting is near its level.
@@ -153,28 +164,19 @@ class Comparison:
             return self.uncached
         if cell.method in METHODS:
             plan = METHODS[cell.method](self.backbone, cell.level, cell.seed)
-        elif cell.method in TRAINED_AT_LEVEL:
-            plan = Plan(self.backbone, self._trained_at_level(cell))
+        elif cell.method in TRAINED:
+            plan = Plan(self.backbone, *self._cut(cell))
         else:
-            plan = Plan(self.backbone, *self._trained_schedule(cell))
+            plan = Plan(self.backbone, self._router(cell).schedule)
         speedup = plan.speedup_over(self.uncached)
         exact = evenly_spaced(self.config.num_sampling_steps, self.backbone.costs, cell.level)
         if abs(speedup / exact.theoretical_speedup - 1) > TOLERANCE:
             raise OutOfReach(f"the nearest setting, {plan.setting}, gives {speedup:.2f}x")
         return plan
 
-    def _trained_schedule(self, cell: Cell) -> tuple[Schedule, str]:
-        """A trained router cut at the cell's level; trained first, unless an earlier run did."""
-        config, is_alternate = self.config, cell.method == "learning-to-cache"
-        router = self._trained(
-            f"{cell.method}_seed{cell.seed}",
-            **TRAINED[cell.method],
-            data=config.data if is_alternate else None,
-            max_steps=config.train_updates,
-            target_cur=config.train_cur / 2 if is_alternate else config.train_cur,
-            global_seed=cell.seed,
-        )
-        logits, costs = router.logits, self.backbone.costs
+    def _cut(self, cell: Cell) -> tuple[Schedule, str]:
+        """The scores of a router that learned once, cut at the cell's level."""
+        logits, costs = self._router(cell).logits, self.backbone.costs
         rows = SEMANTICS["ltc" if cell.method == "learning-to-cache" else "harmonica"](len(logits))
         try:
             return budget_schedule(logits, costs, cell.level, rows), ""
@@ -182,29 +184,48 @@ class Comparison:
             most = Budget(cur=len(rows) / len(logits))
             return budget_schedule(logits, costs, most, rows), "all that it can reuse"
 
-    def _trained_at_level(self, cell: Cell) -> Schedule:
-        """A schedule learned on the final image, with what stands in for what it skips."""
-        router = self._trained(
-            cell.key,
-            **TRAINED_AT_LEVEL[cell.method],
-            objective="trajectory",
-            max_steps=self.config.trajectory_updates,
-            target_cur=cell.level.cur,
-            target_speedup=cell.level.speedup,
-            global_seed=cell.seed,
-        )
-        return router.schedule
-
-    def _trained(self, name: str, **options: Any) -> RouterFile:
-        """The router of a finished run in this folder, or of a new one."""
-        folder = self.config.out / "routers" / name
-        finished = sorted(folder.glob("*/router.safetensors"))
-        if not finished:
-            training = self.config.of(TrainConfig, **options, results_dir=folder)
-            finished = [Trainer(training).run().router]
-        router = load_router(finished[0])
+    def _router(self, cell: Cell) -> RouterFile:
+        router = load_router(self._run(cell).path)
         router.check(self.backbone.model, self.backbone.router_info())
         return router
+
+    def _run(self, cell: Cell) -> RunDirectory:
+        """The finished run of a method that learns, in this folder; or a new one."""
+        name = f"{cell.method}_seed{cell.seed}" if cell.method in TRAINED else cell.key
+        folder = self.config.out / "routers" / name
+        finished = sorted(folder.glob("*/router.safetensors"))
+        if finished:
+            return RunDirectory(finished[0].parent)
+        options = self._options(cell, folder)
+        training = self.config.of(TrainConfig, **options, global_seed=cell.seed, results_dir=folder)
+        return Trainer(training).run()
+
+    def _options(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """How a method learns."""
+        config, method = self.config, cell.method
+        if method in TRAINED:
+            is_alternate = method == "learning-to-cache"
+            return {
+                **TRAINED[method],
+                "data": config.data if is_alternate else None,
+                "max_steps": config.train_updates,
+                "target_cur": config.train_cur / 2 if is_alternate else config.train_cur,
+            }
+        if method in ON_FORA:
+            schedule = folder.parent / f"{folder.name}.json"
+            self.plan(replace(cell, method="fora")).schedule.save(schedule)
+            options = {**ON_FORA[method], "freeze_schedule": schedule}
+        else:
+            refine = {"refine": config.exchanges} if method in REFINED else {}
+            options = {
+                **TRAINED_AT_LEVEL[method.removesuffix("-refined")],
+                **refine,
+                "target_cur": cell.level.cur,
+                "target_speedup": cell.level.speedup,
+            }
+        on_image = options.get("objective") == "trajectory"
+        updates = config.trajectory_updates if on_image else config.train_updates
+        return {**options, "max_steps": updates}
 
     # Measurements.
 
@@ -227,6 +248,8 @@ class Comparison:
             "seed": cell.seed,
             **self._errors(plan, latents),
         }
+        if cell.method in LEARNED:
+            result["training"] = asdict(self._run(cell).effort())
         if is_scored:
             result["measured_speedup"] = self._measured_speedup(plan)
             result["scores"] = self._scores(plan, latents, cell.key)

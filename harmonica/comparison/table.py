@@ -1,17 +1,18 @@
 """The table of a comparison."""
 
+import math
 import statistics
 
 
 def markdown(results: list[dict]) -> str:
     """The table: a line for every method at every level.
 
-    Errors are means over its seeds; time and scores are of the first.
+    Errors, and what training took, are means over its seeds; time and scores are of the first.
     """
     names = sorted({name for result in results for name in result.get("scores", ())})
     head = [
         "method", "setting", "CUR", "MACs", "time", "MSE to uncached", "median", "PSNR",
-        "MSE to exact", *names,
+        "MSE to exact", *names, "training",
     ]  # fmt: skip
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     groups: dict[tuple[str | None, str], list[dict]] = {}
@@ -32,16 +33,36 @@ def _cells_of_line(method: str, found: list[dict], names: list[str]) -> list[str
         f"{statistics.fmean(r['theoretical_speedup'] for r in found):.2f}x",
         f"{timing['ratio']:.2f}x",
         _spread([r["against_uncached"]["mse_mean"] for r in found]),
-        f"{statistics.fmean(r['against_uncached']['mse_median'] for r in found):.5f}",
+        _number(statistics.fmean(r["against_uncached"]["mse_median"] for r in found)),
         f"{statistics.fmean(r['against_uncached']['psnr_mean'] for r in found):.1f} dB",
         _spread([r["against_exact"]["mse_mean"] for r in found if "against_exact" in r]),
         *(f"{scores[name]:.2f}" if name in scores else "" for name in names),
+        _effort([r["training"] for r in found if "training" in r]),
     ]
+
+
+def _effort(found: list[dict]) -> str:
+    """Evaluations of the model on one sample, and seconds."""
+    if not found:
+        return ""
+    evaluations, seconds = (
+        statistics.fmean(effort[name] for effort in found) for name in ("evaluations", "seconds")
+    )
+    return f"{evaluations / 1000:.1f}k, {seconds:.0f} s"
+
+
+def _number(error: float) -> str:
+    """Three significant digits, never in scientific notation."""
+    if error == 0:
+        return "0"
+    return f"{error:.{max(0, 2 - math.floor(math.log10(error)))}f}"
 
 
 def _spread(values: list[float]) -> str:
     """Mean over seeds, and their range in brackets."""
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):.5f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.5f} to {max(values):.5f})"
+    mean = _number(statistics.fmean(values))
+    return (
+        mean if len(values) == 1 else f"{mean} ({_number(min(values))} to {_number(max(values))})"
+    )
