@@ -77,7 +77,8 @@ class BlockReplay:
                 continue
             if k in joins:
                 x = blocks[k].join(x, skips.pop(joins[k]))
-            x = blocks[k](x, conditioning.blocks[k], *[compute] * len(blocks[k].updates))
+            branches = (compute,) * len(blocks[k].updates)
+            x = self.batch.run(blocks[k], x, conditioning.blocks[k], branches)
             if k in joins.values():
                 skips[k] = x
             self._store(s, k, x, inputs)

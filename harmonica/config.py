@@ -1,7 +1,7 @@
 """What runs are configured by: every default stands here, once."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +36,13 @@ NOT_OF_THE_IMAGES = (
     "timeout", "batch_size", "out", "compare", "repeats", "compile", "cuda_graphs",
     "text_encoder",
 )  # fmt: skip
+# Updates without --max-steps and --epochs, by objective: of one step, or of a whole trajectory.
+UPDATES = {"sdt": 1000, "trajectory": 60}
+# What step-wise training alone takes notice of.
+STEPWISE = (
+    "mask", "stores_fresh", "compares_all", "init_mean", "init_std", "lambda_c",
+    "lambda_estimator", "lambda_batch_size", "lambda_rows", "lambda_form",
+)  # fmt: skip
 # Keys of ``harmonica.baselines.METHODS``, which stands above this module.
 METHODS = (
     "fewer-steps",
@@ -53,7 +60,7 @@ METHODS = (
 )
 
 
-def budget_of(config: "TrainConfig | SampleConfig") -> Budget | None:
+def budget_of(config: "TrainConfig | ReplayConfig") -> Budget | None:
     """The budget that the target flags say, of which one counts; None without any."""
     if config.target_cur is not None:
         return Budget(cur=config.target_cur)
@@ -233,6 +240,7 @@ class TrainConfig(BackboneConfig):
     REPLACED_BY_FLAG: ClassVar = (
         (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
         (("l1",), ("objective", "refine")),
+        (("objective",), (*STEPWISE, "lr", "adam_eps", "max_steps", "epochs")),
         (("freeze_schedule",), BUDGETS),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
         (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),
@@ -252,7 +260,9 @@ class TrainConfig(BackboneConfig):
         None, "trajectories to train on; whichever of this and --max-steps ends first", low=1
     )
     max_steps: int | None = option(
-        None, "router updates; 1000 if --epochs is not given either", low=1
+        None,
+        "router updates; without this and --epochs 1000, and 60 with --objective trajectory",
+        low=1,
     )
     global_batch_size: int = option(
         16, "model rows per forward over all processes; guidance takes two rows a sample", low=1
@@ -375,7 +385,7 @@ class TrainConfig(BackboneConfig):
         if is_free and all(getattr(self, name) is None for name in BUDGETS):
             object.__setattr__(self, "target_cur", 0.5)
         if self.epochs is None and self.max_steps is None:
-            object.__setattr__(self, "max_steps", 1000)
+            object.__setattr__(self, "max_steps", UPDATES.get(self.objective))
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
         if self.held_out_batch_size is None:
@@ -412,11 +422,14 @@ class TrainConfig(BackboneConfig):
 
     def differences(self, recorded: "TrainConfig", may_change: Collection[str]) -> list[str]:
         """Options that a run was started with otherwise, apart from some; as flag and value."""
+        changed = [name for name in self._changed(recorded) if name not in may_change]
+        return [f"{flag_of(name)} {getattr(recorded, name)}" for name in changed]
+
+    def _changed(self, other: "TrainConfig") -> list[str]:
         return [
-            f"{flag_of(spec.name)} {getattr(recorded, spec.name)}"
+            spec.name
             for spec in fields(self)
-            if spec.name not in may_change
-            and getattr(self, spec.name) != getattr(recorded, spec.name)
+            if getattr(self, spec.name) != getattr(other, spec.name)
         ]
 
     def check(self) -> None:
@@ -467,6 +480,12 @@ class TrainConfig(BackboneConfig):
                 "--objective trajectory has no price for --l1; pass --target-cur or "
                 "--target-speedup"
             )
+        if self.objective == "trajectory":
+            defaults = {spec.name: spec.default for spec in fields(self) if spec.name in STEPWISE}
+            for name in self._changed(replace(self, **defaults)):
+                raise HarmonicaError(
+                    f"{flag_of(name)} is for --objective sdt, and this is trajectory; drop one"
+                )
         if self.refine and (self.objective != "trajectory" or self.freeze_schedule is not None):
             raise HarmonicaError(
                 "--refine moves what --objective trajectory has learned; add that, or drop it"
@@ -475,7 +494,7 @@ class TrainConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class ReplayConfig(BackboneConfig):
-    """A router to be replayed, and the schedule that is made of it."""
+    """A router to be replayed and the schedule that is made of it, or a method without one."""
 
     path: Path | None = option(
         None, "router file, published .pt, schedule JSON, or run directory", aliases=("--router",)
@@ -487,6 +506,20 @@ class ReplayConfig(BackboneConfig):
         low=0,
         high=1,
     )
+    semantics: str = option(
+        "harmonica",
+        "how scores are read; ltc: every other step computes all, as routers of Learning-to-Cache "
+        "mean it",
+        choices=tuple(SEMANTICS),
+    )
+    force: bool = option(False, "replay a router that was trained for another sampler")
+    method: str | None = option(
+        None,
+        "instead of a router: a method without training, at --target-cur or --target-speedup",
+        choices=METHODS,
+    )
+    target_cur: float | None = option(None, "share of reused branches for --method", low=0, high=1)
+    target_speedup: float | None = option(None, "likewise, theoretical speed-up", low=1)
     predictor: str | None = option(
         None,
         "what stands in for a skipped branch; default: what the router was trained with, or the "
@@ -496,26 +529,40 @@ class ReplayConfig(BackboneConfig):
     coordinate: str = option(
         "time", "what --predictor measures distances between steps in", choices=COORDINATES
     )
-    force: bool = option(False, "replay a router that was trained for another sampler")
+
+    @property
+    def budget(self) -> Budget | None:
+        """What ``method`` is to reuse."""
+        return budget_of(self)
+
+    def check(self) -> None:
+        """Also: a router or a method with its budget, and nothing that neither of them reads."""
+        super().check()
+        check_one_budget(self)
+        if self.path is not None and self.method is not None:
+            raise HarmonicaError("--path and --method exclude each other; pass one")
+        if self.method is not None and self.budget is None:
+            raise HarmonicaError(
+                f"--method {self.method} needs a cost; add --target-speedup or --target-cur"
+            )
+        if self.method is None and self.budget is not None:
+            raise HarmonicaError(f"{self.budget} is for a --method; name one")
+        if self.path is None and (
+            self.threshold is not None or self.semantics != "harmonica" or self.force
+        ):
+            raise HarmonicaError(
+                "--threshold, --semantics and --force read a router; name it with --path"
+            )
+        if self.path is None and self.method is None and self.predictor is not None:
+            raise HarmonicaError(
+                "--predictor stands in for what is skipped; add --path or --method"
+            )
 
 
 @dataclass(frozen=True)
 class SampleConfig(ReplayConfig):
     """Sampling with and without a router."""
 
-    semantics: str = option(
-        "harmonica",
-        "how scores are read; ltc: every other step computes all, as routers of Learning-to-Cache "
-        "mean it",
-        choices=tuple(SEMANTICS),
-    )
-    method: str | None = option(
-        None,
-        "instead of a router: a method without training, at --target-cur or --target-speedup",
-        choices=METHODS,
-    )
-    target_cur: float | None = option(None, "share of reused branches for --method", low=0, high=1)
-    target_speedup: float | None = option(None, "likewise, theoretical speed-up", low=1)
     accelerate_method: str | None = option(
         None, "dynamiclayer is the published name of replay", choices=("dynamiclayer",)
     )
@@ -543,15 +590,9 @@ class SampleConfig(ReplayConfig):
     compare: bool = option(False, "also sample without the router and draw both rows")
     repeats: int = option(3, "timed repetitions after one warm-up", low=1)
 
-    @property
-    def budget(self) -> Budget | None:
-        """What ``method`` is to reuse."""
-        return budget_of(self)
-
     def check(self) -> None:
-        """Also: a router or a method with its budget, and nothing that neither of them reads."""
+        """Also: images to look at or to measure, and nothing that is for others."""
         super().check()
-        check_one_budget(self)
         if self.num_samples is not None:
             if self.num_images is not None or self.compare:
                 raise HarmonicaError(
@@ -560,27 +601,10 @@ class SampleConfig(ReplayConfig):
                 )
         elif self.png:
             raise HarmonicaError("--png is for --num-samples; drop it")
-        if self.path is not None and self.method is not None:
-            raise HarmonicaError("--path and --method exclude each other; pass one")
-        if self.method is not None and self.budget is None:
-            raise HarmonicaError(
-                f"--method {self.method} needs a cost; add --target-speedup or --target-cur"
-            )
-        if self.method is None and self.budget is not None:
-            raise HarmonicaError(f"{self.budget} is for a --method; name one")
-        if self.path is None:
-            if self.accelerate_method is not None or self.threshold is not None:
-                raise HarmonicaError(
-                    "--threshold and --accelerate-method replay a router; name it with --path"
-                )
-            if self.semantics != "harmonica" or self.force:
-                raise HarmonicaError("--semantics and --force read a router; name it with --path")
-            if self.method is None and self.predictor is not None:
-                raise HarmonicaError(
-                    "--predictor stands in for what is skipped; add --path or --method"
-                )
-            if self.compare and self.method is None:
-                raise HarmonicaError("--compare needs a router or a method; add --path or --method")
+        if self.path is None and self.accelerate_method is not None:
+            raise HarmonicaError("--accelerate-method replays a router; name it with --path")
+        if self.compare and self.path is None and self.method is None:
+            raise HarmonicaError("--compare needs a router or a method; add --path or --method")
 
 
 @dataclass(frozen=True)
@@ -623,7 +647,7 @@ class EvaluateConfig(ReplayConfig):
     against: Path | None = option(
         None,
         "npz or folder of uncached images of the same seeds, for PSNR, SSIM and LPIPS; default "
-        "with --path: sampled too",
+        "with --path and --method: sampled too",
     )
     clip_model: str = option(
         "openai/clip-vit-large-patch14", "CLIP of the Hub or a folder; its name is part of a score"

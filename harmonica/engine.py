@@ -238,6 +238,7 @@ class Engine:
     def _run(self, batch: Trajectories) -> Tensor:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper
         if self.schedule is not None and self.schedule.reuses != "branches":
+            batch = replace(batch, run=block_runner(self.how.compiles, checkpoints=False))
             return batch.walk(State(batch.x_T), BlockReplay(batch, self.schedule)).x
         replay = PlannedReplay(batch, self._recipe_for(batch), self.how)
         return batch.walk(State(batch.x_T), replay.predict).x

@@ -117,7 +117,8 @@ def _versions(instruments: Instruments) -> dict[str, str]:
 
 def _provenance(subject: Subject, instruments: Instruments) -> dict:
     """Where everything came from, by content."""
-    backbone, schedule = subject.backbone, subject.schedule
+    plan = subject.plan
+    schedule = None if plan is None else plan.schedule
     inputs = {
         "samples": subject.samples,
         "against": subject.against,
@@ -129,7 +130,8 @@ def _provenance(subject: Subject, instruments: Instruments) -> dict:
         "clip": instruments.clip,
     }
     return {
-        "weights_hash": None if backbone is None else backbone.weights_hash,
+        "weights_hash": None if plan is None else plan.backbone.weights_hash,
+        "setting": None if plan is None else plan.setting,
         "schedule": None if schedule is None else schedule.to_dict(),
         "count": subject.count,
         "size": list(subject.samples.size),
@@ -148,13 +150,14 @@ def _heading(subject: Subject, record: dict) -> list[str]:
     """What the scores of the table are of, and against what."""
     samples = f"{subject.samples.name}, {subject.count} of {pixels(subject.samples.size)}"
     lines = [f"{'samples':38} {samples}"]
-    if subject.backbone is not None:
-        lines.append(f"{'weights':38} {subject.backbone.weights_hash}")
-    if subject.schedule is not None:
-        lines += [
-            f"{'cache-utilisation ratio (CUR)':38} {subject.schedule.cur:.1%}",
-            f"{'theoretical speed-up (MACs)':38} {subject.schedule.theoretical_speedup:.2f}x",
-        ]
+    if subject.plan is not None:
+        lines.append(f"{'weights':38} {subject.plan.backbone.weights_hash}")
+        if subject.plan.setting:
+            lines.append(f"{'setting':38} {subject.plan.setting}")
+        if subject.plan.schedule is not None:
+            lines.append(f"{'cache-utilisation ratio (CUR)':38} {subject.plan.schedule.cur:.1%}")
+    if subject.speedup is not None:
+        lines.append(f"{'theoretical speed-up (MACs)':38} {subject.speedup:.2f}x")
     for role in ("reference", "extractor", "against"):
         if record[role] is not None:
             content = record[role]["sha256"]

@@ -25,8 +25,9 @@ from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.interruption import Interruption
 from harmonica.lock import held
 from harmonica.options import plain
+from harmonica.plans import choose_plan
 from harmonica.randomness import Draws
-from harmonica.report import check_classes, choose_plan
+from harmonica.report import check_classes
 from harmonica.sampling import check_finite, eight_bit, sample
 from harmonica.shards import Origin, Shard, ShardFolder, divide
 

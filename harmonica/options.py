@@ -40,7 +40,8 @@ class Options:
     """Base of everything that a command line resolves to.
 
     Attributes:
-        REPLACED_BY_FLAG: (flags, names): one of the flags replaces what a preset says of the names.
+        REPLACED_BY_FLAG: (flags, names): one of the flags, where it says something else than a
+            preset, replaces what that says of the names.
         SMALL: what ``--quick`` sets unless a flag says otherwise.
     """
 
@@ -185,8 +186,10 @@ def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
     values = read_preset(cls, preset) if preset is not None else {}
     if given.get("quick", values.get("quick")):
         values.update(cls.SMALL)
+    said = {spec.name: values.get(spec.name, spec.default) for spec in fields(cls)}
+    differing = {name for name, value in given.items() if value != said[name]}
     for flags, replaced in cls.REPLACED_BY_FLAG:
-        if given.keys() & set(flags):
+        if differing & set(flags):
             values = {name: value for name, value in values.items() if name not in replaced}
     values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     config = cls(**{**cls.known_from_files(values), **values})

@@ -19,10 +19,11 @@ from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
 from harmonica.image_error import ImageError
 from harmonica.options import plain
+from harmonica.plans import choose_plan
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.run_directory import check_output
-from harmonica.sampling import eight_bit, load_schedule, sample, trajectories, with_predictor
+from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.timing import Timing, timed
 
 REPORT = "report.json"
@@ -69,28 +70,6 @@ def _remove_pictures(out: Path) -> None:
         (out / f"{name}.png").unlink(missing_ok=True)
         for image in (out / name).glob("[0-9]" * 6 + ".png"):
             image.unlink()
-
-
-def choose_plan(config: SampleConfig, backbone: Backbone) -> tuple[str, Plan] | None:
-    """How to sample faster, and what to call it; None if nothing says so."""
-    if config.method is not None:
-        name, plan = config.method, METHODS[config.method](backbone, config.budget, config.seed)
-    elif config.path is not None:
-        schedule = load_schedule(
-            config.path, config.threshold, backbone, config.semantics, force=config.force
-        )
-        name, plan = "router", Plan(backbone, schedule)
-    else:
-        return None
-    if plan.schedule is None:
-        if config.predictor is not None:
-            raise HarmonicaError(
-                f"--predictor stands in for what is skipped, and --method {name} skips nothing; "
-                "drop it"
-            )
-        return name, plan
-    schedule = with_predictor(plan.schedule, config.predictor, config.coordinate, plan.backbone)
-    return name, replace(plan, schedule=schedule)
 
 
 def sample_and_report(config: SampleConfig) -> str:

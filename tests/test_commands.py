@@ -164,6 +164,20 @@ def test_flags_replace_the_budget_of_a_preset(tmp_path):
         assert config[name] == 1.5 and config["target_cur"] is None
 
 
+def test_another_objective_replaces_what_a_preset_says_of_the_first():
+    preset = str(ROOT / "configs" / "dit_xl2_256_t20.yaml")
+
+    def resolved(objective):
+        arguments = ["--config", preset, "--objective", objective]
+        return resolve(TrainConfig, build_parser(TrainConfig, "").parse_args(arguments))
+
+    same, other = resolved("sdt"), resolved("trajectory")
+    assert (same.lr, same.max_steps, same.lambda_c) == (0.01, 20000, 500)
+    defaults = TrainConfig(objective="trajectory")
+    assert (other.lr, other.max_steps) == (defaults.lr, defaults.max_steps)
+    assert other.target_cur == same.target_cur and other.model == same.model
+
+
 def test_flags_on_a_resolved_config_act_as_on_the_defaults(run, tmp_path):
     """What follows from an option by default follows from the flag, not from the earlier run."""
 

@@ -10,6 +10,7 @@ import torch
 from conftest import Golden, relative
 
 from harmonica.backbone import load_backbone
+from harmonica.baselines.delta_dit import delta_dit
 from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, replay_branches
@@ -178,8 +179,11 @@ def test_compiled_replay_is_the_same_up_to_rounding_with_few_graphs(golden_b: Go
     for schedule in schedules(golden_b):
         batch = golden_b.trajectories()
         assert relative(Engine(schedule, compiled)(batch), by_branches(batch, schedule)) < 1e-5
-    # Whole blocks, attention, MLP; sums of 8, 4, 2, 1.
-    assert counters["stats"]["unique_graphs"] <= 3 + 4
+    blockwise = delta_dit(golden_b.num_steps, golden_b.costs, 2, 1, golden_b.num_steps // 2)
+    replayed = Engine(blockwise)(golden_b.trajectories())
+    assert relative(Engine(blockwise, compiled)(golden_b.trajectories()), replayed) < 1e-5
+    # Whole blocks, attention, MLP, blocks by themselves; sums of 8, 4, 2, 1.
+    assert counters["stats"]["unique_graphs"] <= 4 + 4
     assert not counters["graph_break"]
 
 

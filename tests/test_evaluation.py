@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from harmonica.backbone import load_backbone
+from harmonica.baselines.fixed import fora
 from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.evaluation import evaluate_and_report
@@ -69,7 +70,9 @@ def bundled(bundle, tmp_path, monkeypatch):
 def evaluate(**flags) -> tuple[dict, str]:
     """The record and the printed table of one run."""
     out = flags.pop("out", Path("evaluation"))
-    table = evaluate_and_report(EvaluateConfig(out=out, **flags))
+    config = EvaluateConfig(out=out, **flags)
+    config.check()
+    table = evaluate_and_report(config)
     return json.loads((out / "evaluation.json").read_text()), table
 
 
@@ -190,6 +193,21 @@ def test_a_router_is_held_against_uncached_images():
     assert uncached["scores"]["FID-cifar"] != record["scores"]["FID-cifar"]
 
 
+def test_a_method_without_training_is_judged_like_a_router():
+    flags = {"num_sampling_steps": 4, "num_images": 4, "target_speedup": 2.0}
+    record, table = evaluate(method="fora", **flags)
+    assert record["schedule"]["cur"] == 0.5 and record["setting"] == "N = 2"
+    assert record["scores"]["MSE on the model's scale"] > 0
+    costs = load_backbone(EvaluateConfig(num_sampling_steps=4), torch.device("cpu")).costs
+    fora(4, costs, 2).save(Path("fora.json"))
+    replayed, _ = evaluate(path=Path("fora.json"), num_sampling_steps=4, num_images=4)
+    assert replayed["scores"] == record["scores"]
+    fewer, table = evaluate(method="fewer-steps", **flags)
+    assert fewer["schedule"] is None and fewer["setting"] == "ddim, T = 2"
+    assert "ddim, T = 2" in table and "2.00x" in table
+    assert fewer["scores"]["MSE on the model's scale"] > 0
+
+
 def test_a_sampled_image_that_is_not_finite_is_refused():
     state = load_backbone(EvaluateConfig(), torch.device("cpu")).model.state_dict()
     state["final_layer.linear.bias"][:] = float("nan")
@@ -299,6 +317,9 @@ REFUSALS = [
     ({}, "--samples"),
     ({"samples": "a.npz", "uncached": True}, "--samples and --uncached exclude"),
     ({"samples": "a.npz", "threshold": 0.5}, "--threshold"),
+    ({"uncached": True, "method": "fora"}, "--method fora needs a cost"),
+    ({"uncached": True, "target_cur": 0.5}, "--target-cur 0.5 is for a --method"),
+    ({"path": "a", "method": "fora", "target_cur": 0.5}, "--path and --method exclude"),
     ({"samples": "absent.npz"}, "--samples absent.npz is not a file"),
     ({"samples": "empty"}, "--samples empty holds no images"),
     ({"samples": "a.npz", "num_images": 7}, "--num-images 7 is more than the 6"),

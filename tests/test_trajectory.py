@@ -292,6 +292,8 @@ def test_the_closed_form_needs_no_updates(tmp_path, bundled_costs, objective):
         ({"freeze_schedule": Path("x.json")}, "--freeze-schedule"),
         ({"freeze_schedule": Path("x.json"), "predictor": "learned"}, "--freeze-schedule x.json"),
         ({"objective": "trajectory", "l1": 1e-7}, "--objective trajectory"),
+        ({"objective": "trajectory", "lambda_c": 7}, "--lambda-c is for --objective sdt"),
+        ({"objective": "trajectory", "mask": "hard"}, "--mask is for --objective sdt"),
         ({"refine": 5}, "--refine"),
         ({"fit": "least-squares"}, "--fit"),
         ({"objective": "trajectory", "target_cur": 0.99}, "out of reach"),

@@ -187,14 +187,16 @@ def test_two_processes_train_a_router_of_prompts(zoo, folder, tmp_path, tiny_t5)
 def test_evaluation_samples_image_i_of_prompt_i(zoo):
     config = EvaluateConfig(model="tiny-PixArt", uncached=True, num_images=5, **zoo["tiny-PixArt"])
     subject = open_subject(config, CPU)
-    texts = subject.backbone.conditions.encoded.texts
+    texts = subject.plan.backbone.conditions.encoded.texts
     labels = subject.samples.labels(range(5))
     assert labels.tolist() == [0, 1, 2, 0, 1] and len(texts) == 3
     assert subject.samples.texts() == [texts[i % 3] for i in range(5)]
     latents = subject.samples.read(range(3, 5)).latents
     draws = Draws(config.seed, "sample")
-    assert torch.equal(latents, sample(subject.backbone, None, draws, [3, 4], torch.tensor([0, 1])))
-    other = sample(subject.backbone, None, draws, [3, 4], torch.tensor([1, 0]))
+    assert torch.equal(
+        latents, sample(subject.plan.backbone, None, draws, [3, 4], torch.tensor([0, 1]))
+    )
+    other = sample(subject.plan.backbone, None, draws, [3, 4], torch.tensor([1, 0]))
     assert not torch.allclose(latents, other)
 
 

@@ -75,7 +75,7 @@ class CompareConfig(BackboneConfig):
     )
     train_updates: int = option(1000, "router updates of methods that learn", low=1)
     trajectory_updates: int = option(
-        90, "updates of methods that learn on the final image, at every level anew", low=1
+        60, "updates of methods that learn on the final image, at every level anew", low=1
     )
     exchanges: int = option(200, "trials of methods that exchange branches after learning", low=1)
     train_cur: float = option(

@@ -1,17 +1,17 @@
 """What is judged: images in files or sampled, and those of the same seeds to hold against them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from harmonica.autoencoder import load_decoder
-from harmonica.backbone import Backbone, load_backbone
+from harmonica.backbone import load_backbone
+from harmonica.baselines import Plan
 from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.metrics.images import FolderImages, ImageSet, open_images, pixels
 from harmonica.metrics.sampled import SampledImages
-from harmonica.sampling import load_schedule, with_predictor
-from harmonica.schedule import Schedule
+from harmonica.plans import choose_plan
 
 # The window of SSIM and the pools of LPIPS do not fit smaller images.
 SMALLEST_SIDE = 32
@@ -22,14 +22,15 @@ class Subject:
     """The first ``count`` of ``samples``, and of ``against`` if there is something.
 
     Attributes:
-        backbone, schedule: where the samples come from if they are not in files.
+        plan: where the samples come from if they are not in files.
+        speedup: of the plan in multiply-accumulates, if it saves any.
     """
 
     samples: ImageSet
     count: int
     against: ImageSet | None = None
-    backbone: Backbone | None = None
-    schedule: Schedule | None = None
+    plan: Plan | None = None
+    speedup: float | None = None
 
 
 def open_subject(config: EvaluateConfig, device: torch.device) -> Subject:
@@ -38,22 +39,23 @@ def open_subject(config: EvaluateConfig, device: torch.device) -> Subject:
     Raises:
         HarmonicaError: there are none, too few, or none that could be compared.
     """
-    flags = {"--samples": config.samples, "--path": config.path, "--uncached": config.uncached}
+    flags = {
+        "--samples": config.samples,
+        "--path": config.path,
+        "--method": config.method,
+        "--uncached": config.uncached,
+    }
     given = [flag for flag, value in flags.items() if value]
     if not given:
         raise HarmonicaError(
-            "nothing to evaluate; pass --samples FILE or --path ROUTER, or --uncached"
+            "nothing to evaluate; pass --samples FILE, --path ROUTER, --method NAME or --uncached"
         )
     if len(given) > 1:
         raise HarmonicaError(f"{' and '.join(given)} exclude each other; pass one")
-    if config.threshold is not None and config.path is None:
-        raise HarmonicaError("--threshold makes a schedule of a router; name it with --path")
     subject = _from_files(config) if config.samples is not None else _sampled(config, device)
     if config.against is not None:
         against = open_images(config.against, "--against")
-        subject = Subject(
-            subject.samples, subject.count, against, subject.backbone, subject.schedule
-        )
+        subject = replace(subject, against=against)
         _check_pairs(subject, config)
     return subject
 
@@ -72,17 +74,19 @@ def _from_files(config: EvaluateConfig) -> Subject:
 def _sampled(config: EvaluateConfig, device: torch.device) -> Subject:
     backbone, decode = load_backbone(config, device), load_decoder(config, device)
 
-    def images(name: str, schedule: Schedule | None) -> SampledImages:
-        return SampledImages(name, backbone, schedule, decode, config.seed, config.num_images)
+    def images(name: str, plan: Plan) -> SampledImages:
+        return SampledImages(
+            name, plan.backbone, plan.schedule, decode, config.seed, config.num_images
+        )
 
-    uncached = images("sampled, uncached", None)
-    if config.path is None:
-        return Subject(uncached, config.num_images, None, backbone)
-    schedule = load_schedule(config.path, config.threshold, backbone, force=config.force)
-    schedule = with_predictor(schedule, config.predictor, config.coordinate, backbone)
+    whole, chosen = Plan(backbone), choose_plan(config, backbone)
+    uncached = images("sampled, uncached", whole)
+    if chosen is None:
+        return Subject(uncached, config.num_images, plan=whole)
+    name, plan = chosen
     against = uncached if config.against is None else None
-    samples = images("sampled with the router", schedule)
-    return Subject(samples, config.num_images, against, backbone, schedule)
+    samples = images(f"sampled with {'the router' if name == 'router' else name}", plan)
+    return Subject(samples, config.num_images, against, plan, plan.speedup_over(whole))
 
 
 def _check_pairs(subject: Subject, config: EvaluateConfig) -> None:

@@ -1,0 +1,37 @@
+"""How to sample faster, as the flags say: a router, or a method that needs no training."""
+
+from dataclasses import replace
+
+from harmonica.backbone import Backbone
+from harmonica.baselines import METHODS, Plan
+from harmonica.config import EvaluateConfig, SampleConfig
+from harmonica.errors import HarmonicaError
+from harmonica.sampling import load_schedule, with_predictor
+
+
+def choose_plan(
+    config: SampleConfig | EvaluateConfig, backbone: Backbone
+) -> tuple[str, Plan] | None:
+    """The plan, and what to call it; None if nothing says so.
+
+    Raises:
+        HarmonicaError: a router that does not fit, or a predictor where nothing is skipped.
+    """
+    if config.method is not None:
+        name, plan = config.method, METHODS[config.method](backbone, config.budget, config.seed)
+    elif config.path is not None:
+        schedule = load_schedule(
+            config.path, config.threshold, backbone, config.semantics, force=config.force
+        )
+        name, plan = "router", Plan(backbone, schedule)
+    else:
+        return None
+    if plan.schedule is None:
+        if config.predictor is not None:
+            raise HarmonicaError(
+                f"--predictor stands in for what is skipped, and --method {name} skips nothing; "
+                "drop it"
+            )
+        return name, plan
+    schedule = with_predictor(plan.schedule, config.predictor, config.coordinate, plan.backbone)
+    return name, replace(plan, schedule=schedule)
