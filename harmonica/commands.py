@@ -13,7 +13,7 @@ from models import HUB_PARTS, MODELS, T5, HubFolder, WeightSource
 @run_command
 def train() -> None:
     config = parse(TrainConfig, "Train a caching router.")
-    from harmonica.trainer import Trainer  # heavy; not needed for --help and --dry-run
+    from harmonica.training.trainer import Trainer  # heavy; not needed for --help and --dry-run
 
     directory = Trainer(config).run()
     if directory is not None:

@@ -10,11 +10,11 @@ from harmonica.cache import MASKS
 from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
 from harmonica.metrics import EXTRACTORS, METRICS
-from harmonica.objective import ESTIMATORS, FORMS
 from harmonica.options import Options, flag_of, option, read_preset
 from harmonica.predictors import COEFFICIENTS, COORDINATES, PREDICTORS
 from harmonica.router import SEMANTICS, load_router
 from harmonica.samplers import SAMPLERS
+from harmonica.training.objective import ESTIMATORS, FORMS
 from models import MODELS
 
 # Three ways to say how much to reuse, of which one counts.

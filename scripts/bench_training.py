@@ -17,10 +17,10 @@ import torch
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import write_atomically
-from harmonica.learner import StepwiseLearner
 from harmonica.options import option, parse, plain
 from harmonica.timing import machine, seconds
-from harmonica.trainer import Trainer
+from harmonica.training.learner import StepwiseLearner
+from harmonica.training.trainer import Trainer
 
 PUBLISHED_UPDATES = 20_000
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from conftest import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["harmonica.trainer", "harmonica.many_samples", "processes"])
+CONTEXT.set_forkserver_preload(
+    ["harmonica.training.trainer", "harmonica.many_samples", "processes"]
+)
 
 
 def _run(program: str, arguments: list[str], folder: Path, environment: dict, fault) -> None:

@@ -8,9 +8,9 @@ from conftest import Golden, relative
 
 from harmonica.cache import Masking
 from harmonica.engine import block_runner
-from harmonica.objective import Student, iepo_loss, leave_one_out
 from harmonica.router import Router, threshold_schedule
-from harmonica.sdt import train_trajectory
+from harmonica.training.objective import Student, iepo_loss, leave_one_out
+from harmonica.training.sdt import train_trajectory
 
 
 def gradients(golden: Golden, run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,8 +18,8 @@ from conftest import ROOT
 from processes import Group
 from test_resume import content
 
-from harmonica.checkpoint import Checkpoints, unpack
 from harmonica.files import sha256
+from harmonica.training.checkpoint import Checkpoints, unpack
 
 CKPT_EVERY = 2
 TRAIN = [
@@ -50,14 +50,14 @@ def updates(folder: Path) -> int:
 
 def without_pictures() -> None:
     """They take longer than the training here."""
-    from harmonica.trainer import Trainer
+    from harmonica.training.trainer import Trainer
 
     Trainer._export = lambda self, directory: None
 
 
 def broken_sample() -> None:
     """One sample of the second process is not a number in the third trajectory."""
-    from harmonica.batches import Batches
+    from harmonica.training.batches import Batches
 
     sound = Batches.__call__
 

@@ -7,16 +7,16 @@ import torch
 from conftest import Golden, relative
 
 from harmonica.cache import Cache, Masking
-from harmonica.objective import (
+from harmonica.router import Router, threshold_schedule
+from harmonica.samplers import SAMPLERS, State, create_sampler
+from harmonica.training.objective import (
     Student,
     cumulative,
     iepo_loss,
     image_error_weights,
     leave_one_out,
 )
-from harmonica.router import Router, threshold_schedule
-from harmonica.samplers import SAMPLERS, State, create_sampler
-from harmonica.sdt import router_optimizer, train_trajectory
+from harmonica.training.sdt import router_optimizer, train_trajectory
 
 
 def student(golden: Golden, **changes) -> Student:

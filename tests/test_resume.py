@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from harmonica.checkpoint import Checkpoints, unpack
 from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256
 from harmonica.run_directory import RunDirectory
-from harmonica.trainer import Trainer
+from harmonica.training.checkpoint import Checkpoints, unpack
+from harmonica.training.trainer import Trainer
 
 SMALL = {
     "num_sampling_steps": 3, "global_batch_size": 2, "cfg_scale": 1.0, "lambda_c": 4,

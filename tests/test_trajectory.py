@@ -11,17 +11,17 @@ from conftest import Golden, relative
 from harmonica.baselines.fixed import evenly_spaced, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, Replay
-from harmonica.coefficients import Coefficients, fit_coefficients
 from harmonica.config import TrainConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
-from harmonica.exchanges import Exchanges
 from harmonica.predictors import LAST, Extrapolation, Learned, combine
 from harmonica.router import load_router, threshold_schedule
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
-from harmonica.trainer import Trainer
-from harmonica.trajectory import Rollout
+from harmonica.training.coefficients import Coefficients, fit_coefficients
+from harmonica.training.exchanges import Exchanges
+from harmonica.training.trainer import Trainer
+from harmonica.training.trajectory import Rollout
 
 
 def schedule(golden: Golden, predictor=LAST, cur: float = 0.5) -> Schedule:

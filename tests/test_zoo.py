@@ -30,7 +30,7 @@ from harmonica.report import sample_and_report
 from harmonica.router import load_router
 from harmonica.samplers import create_sampler
 from harmonica.sampling import sample
-from harmonica.trainer import Trainer
+from harmonica.training.trainer import Trainer
 from models import MODELS, SDXL, STABLE_DIFFUSION, create_model
 
 CPU = torch.device("cpu")

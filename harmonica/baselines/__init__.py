@@ -1,7 +1,7 @@
 """Ways of sampling at a given cost that need no training: what a router has to beat.
 
 Each is a maker of a :class:`Plan`. Learning-to-Cache is trained: see
-``harmonica.baselines.learning_to_cache``.
+``harmonica.training.learning_to_cache``.
 """
 
 from collections.abc import Callable

@@ -47,7 +47,7 @@ from harmonica.run_directory import RunDirectory
 from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
-from harmonica.trainer import Trainer
+from harmonica.training.trainer import Trainer
 
 # A method whose settings come no nearer to a level than this has no entry there.
 TOLERANCE = 0.15

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from harmonica.baselines.fixed import evenly_spaced
-from harmonica.batches import Batches
 from harmonica.budget import Budget
-from harmonica.coefficients import Coefficients, fit_coefficients
 from harmonica.config import TrainConfig
-from harmonica.held_out import HeldOut
 from harmonica.predictors import (
     Extrapolation,
     LastValue,
@@ -22,6 +19,9 @@ from harmonica.predictors import (
     to_dict,
 )
 from harmonica.schedule import Schedule
+from harmonica.training.batches import Batches
+from harmonica.training.coefficients import Coefficients, fit_coefficients
+from harmonica.training.held_out import HeldOut
 
 
 class Values:

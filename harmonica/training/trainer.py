@@ -13,21 +13,21 @@ from tqdm import tqdm
 from harmonica import __version__
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
-from harmonica.batches import Batches
 from harmonica.config import TrainConfig
-from harmonica.consensus import Consensus, peers
 from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.interruption import Interruption
-from harmonica.learner import Learner, StepwiseLearner
 from harmonica.options import plain
 from harmonica.plots import comparison, router_heatmap
-from harmonica.progress import Progress
 from harmonica.randomness import Draws
 from harmonica.router import RouterFile, save_router
 from harmonica.run_directory import RunDirectory
 from harmonica.sampling import load_schedule, sample
-from harmonica.trajectory_learner import TrajectoryLearner
+from harmonica.training.batches import Batches
+from harmonica.training.consensus import Consensus, peers
+from harmonica.training.learner import Learner, StepwiseLearner
+from harmonica.training.progress import Progress
+from harmonica.training.trajectory_learner import TrajectoryLearner
 from models.transformer import call_block
 
 PREVIEW_IMAGES = 12

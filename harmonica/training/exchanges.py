@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica.held_out import HeldOut
 from harmonica.schedule import Schedule
-from harmonica.trajectory import Position, Rollout
+from harmonica.training.held_out import HeldOut
+from harmonica.training.trajectory import Position, Rollout
 
 Place = tuple[int, int]
 

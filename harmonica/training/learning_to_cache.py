@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from harmonica.batches import Batches
 from harmonica.cache import Cache, Masking, fill
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.labelled_images import LabelledImages
 from harmonica.router import Router, alternate_rows
 from harmonica.samplers import State
-from harmonica.sdt import StepError, TrainingMethod, learn_step
+from harmonica.training.batches import Batches
+from harmonica.training.sdt import StepError, TrainingMethod, learn_step
 
 LABEL_DROPOUT = 0.1
 

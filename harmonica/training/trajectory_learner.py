@@ -14,17 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.baselines.fixed import evenly_spaced
-from harmonica.batches import Batches
 from harmonica.config import TrainConfig
-from harmonica.consensus import Consensus, Origin
-from harmonica.exchanges import Exchanges
 from harmonica.plots import learning_curve
 from harmonica.router import Router, budget_schedule, highest_reused
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
-from harmonica.sdt import optimizer_of, restore_optimizer
-from harmonica.trajectory import Rollout
-from harmonica.values import Values
+from harmonica.training.batches import Batches
+from harmonica.training.consensus import Consensus, Origin
+from harmonica.training.exchanges import Exchanges
+from harmonica.training.sdt import optimizer_of, restore_optimizer
+from harmonica.training.trajectory import Rollout
+from harmonica.training.values import Values
 
 AVERAGING = 0.8  # decay of the average of logits that is tried on held-out seeds
 TINY = 1e-8  # of a squared error: keeps the slope of its root finite

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from harmonica.autoencoder import load_encoder
-from harmonica.baselines.learning_to_cache import LearningToCache
-from harmonica.batches import Batches
 from harmonica.cache import Masking
 from harmonica.config import TrainConfig
-from harmonica.consensus import Consensus, Origin
 from harmonica.labelled_images import LabelledImages
-from harmonica.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
 from harmonica.plots import lambda_curve
 from harmonica.router import Router, budget_schedule, highest_reused, threshold_schedule
 from harmonica.schedule import Schedule
-from harmonica.sdt import (
+from harmonica.training.batches import Batches
+from harmonica.training.consensus import Consensus, Origin
+from harmonica.training.learning_to_cache import LearningToCache
+from harmonica.training.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
+from harmonica.training.sdt import (
     BetaControl,
     StepError,
     StepwiseDenoising,
@@ -27,7 +27,7 @@ from harmonica.sdt import (
     optimizer_of,
     restore_optimizer,
 )
-from harmonica.values import Values
+from harmonica.training.values import Values
 
 
 class Learner(Protocol):

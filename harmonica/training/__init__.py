@@ -1,0 +1,1 @@
+"""How a router learns: objectives, learners, and the run that survives what happens to it."""
