@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
-from harmonica.config import EvaluateConfig, SampleConfig, TrainConfig
 from harmonica.errors import HarmonicaError, run_command
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.weights import METRIC_WEIGHTS
 from harmonica.options import CommandParser, parse
+from harmonica.sample_config import SampleConfig
+from harmonica.training.config import TrainConfig
 from models import HUB_PARTS, MODELS, T5, HubFolder, WeightSource
 
 

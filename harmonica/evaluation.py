@@ -7,9 +7,9 @@ import torch
 from accelerate import PartialState
 
 from harmonica import __version__
-from harmonica.config import EvaluateConfig
 from harmonica.files import write_atomically
 from harmonica.metrics.collect import Rows, collect
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.extractor import Extractor
 from harmonica.metrics.images import pixels
 from harmonica.metrics.instruments import Instruments, choose_instruments
@@ -18,7 +18,7 @@ from harmonica.metrics.reference import Reference
 from harmonica.metrics.scores import COLUMNS, PAIRED, all_scores, warnings_about
 from harmonica.metrics.subject import Subject, open_subject
 from harmonica.options import plain
-from harmonica.run_directory import check_output, commit
+from harmonica.output import check_output, commit
 
 REPORT = "evaluation.json"
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "torchmetrics")

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
 from harmonica.baselines import Plan
-from harmonica.config import NOT_OF_THE_IMAGES, SampleConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.interruption import Interruption
@@ -28,6 +27,7 @@ from harmonica.options import plain
 from harmonica.plans import choose_plan
 from harmonica.randomness import Draws
 from harmonica.report import check_classes
+from harmonica.sample_config import NOT_OF_THE_IMAGES, SampleConfig
 from harmonica.sampling import check_finite, eight_bit, sample
 from harmonica.shards import Origin, Shard, ShardFolder, divide
 
@@ -107,7 +107,7 @@ def _prepare(config: SampleConfig, rank: Rank) -> tuple[Maker, Origin]:
     backbone = load_backbone(config, device)
     conditions = backbone.conditions
     check_classes(config, conditions.count)
-    chosen = choose_plan(config, backbone)
+    chosen = choose_plan(config, backbone, config.seed)
     plan = Plan(backbone) if chosen is None else chosen[1]
     options = {k: v for k, v in plain(config).items() if k not in NOT_OF_THE_IMAGES}
     origin = Origin(

@@ -4,21 +4,19 @@ from dataclasses import replace
 
 from harmonica.backbone import Backbone
 from harmonica.baselines import METHODS, Plan
-from harmonica.config import EvaluateConfig, SampleConfig
 from harmonica.errors import HarmonicaError
+from harmonica.sample_config import ReplayConfig
 from harmonica.sampling import load_schedule, with_predictor
 
 
-def choose_plan(
-    config: SampleConfig | EvaluateConfig, backbone: Backbone
-) -> tuple[str, Plan] | None:
+def choose_plan(config: ReplayConfig, backbone: Backbone, seed: int) -> tuple[str, Plan] | None:
     """The plan, and what to call it; None if nothing says so.
 
     Raises:
         HarmonicaError: a router that does not fit, or a predictor where nothing is skipped.
     """
     if config.method is not None:
-        name, plan = config.method, METHODS[config.method](backbone, config.budget, config.seed)
+        name, plan = config.method, METHODS[config.method](backbone, config.budget, seed)
     elif config.path is not None:
         schedule = load_schedule(
             config.path, config.threshold, backbone, config.semantics, force=config.force

@@ -13,16 +13,16 @@ from torchvision.transforms.functional import to_pil_image
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import Backbone, load_backbone, select_device
 from harmonica.baselines import METHODS, Plan
-from harmonica.config import SampleConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
 from harmonica.image_error import ImageError
 from harmonica.options import plain
+from harmonica.output import check_output
 from harmonica.plans import choose_plan
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
-from harmonica.run_directory import check_output
+from harmonica.sample_config import SampleConfig
 from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.timing import Timing, timed
 
@@ -84,7 +84,7 @@ def sample_and_report(config: SampleConfig) -> str:
     device = select_device()
     backbone = load_backbone(config, device)
     count, labels = choose_labels(config, backbone)
-    chosen = choose_plan(config, backbone)
+    chosen = choose_plan(config, backbone, config.seed)
     decode = load_decoder(config, device)
     draws, indices = Draws(config.seed, "sample"), range(count)
 

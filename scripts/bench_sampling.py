@@ -10,6 +10,7 @@ import resource
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from harmonica.options import option, parse, plain
 from harmonica.predictors import LAST, PREDICTORS, Learned, create_predictor
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
+from harmonica.sample_config import known_from_router
 from harmonica.sampling import load_schedule, trajectories, with_predictor
 from harmonica.schedule import Schedule
 from harmonica.timing import Timing, machine, timed
@@ -47,6 +49,10 @@ class BenchConfig(BackboneConfig):
     repeats: int = option(5, "timed repetitions after one warm-up", low=1)
     random_weights: bool = option(False, "speed does not depend on weights: draw them")
     out: Path | None = option(None, "JSON report")
+
+    @classmethod
+    def known_from_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return known_from_router(values)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:

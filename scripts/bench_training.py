@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import write_atomically
 from harmonica.options import option, parse, plain
 from harmonica.timing import machine, seconds
+from harmonica.training.config import TrainConfig
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trainer import Trainer
 

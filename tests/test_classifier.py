@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from harmonica.config import EvaluateConfig
 from harmonica.evaluation import evaluate_and_report
 from harmonica.files import read_safetensors
 from harmonica.metrics.classifier import load_classifier
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.reference import open_reference
 from harmonica.metrics.weights import REFERENCES
 

@@ -11,10 +11,12 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from harmonica.comparison.config import CompareConfig
-from harmonica.config import EvaluateConfig, SampleConfig, TrainConfig
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.options import build_parser, resolve
 from harmonica.router import RouterFile, RouterInfo, load_router, save_router
+from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
+from harmonica.training.config import TrainConfig
 from models import MODELS
 
 TINY = ["--num-sampling-steps", "4", "--global-batch-size", "4"]

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import fora
-from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.evaluation import evaluate_and_report
 from harmonica.files import sha256
 from harmonica.metrics.classifier import CifarClassifier, CifarFeatures, load_classifier
 from harmonica.metrics.collect import collect
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.images import NpzImages
 from harmonica.metrics.reference import save_reference
 from harmonica.metrics.weights import REFERENCES

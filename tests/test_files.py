@@ -18,7 +18,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import Npz, confined_extraction, read_array, read_yaml, write_atomically
 from harmonica.flops import Costs
@@ -29,6 +28,7 @@ from harmonica.router import RouterFile, RouterInfo, _content_hash, load_router,
 from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide
 from harmonica.training.checkpoint import unpack
+from harmonica.training.config import TrainConfig
 
 COSTS = Costs(("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn"), (100, 200, 100), 50)
 ORIGIN = Origin({"seed": 0}, "weights", None)

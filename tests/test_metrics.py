@@ -16,7 +16,6 @@ from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models import alexnet
 
-from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.evaluation import evaluate_and_report
 from harmonica.files import Npz
@@ -24,6 +23,7 @@ from harmonica.metrics import distribution
 from harmonica.metrics.classifier import CifarClassifier, CifarFeatures
 from harmonica.metrics.clip import ClipScore
 from harmonica.metrics.collect import collect
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.distribution import (
     Moments,
     all_the_same,

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256
-from harmonica.run_directory import RunDirectory
 from harmonica.training.checkpoint import Checkpoints, unpack
+from harmonica.training.config import TrainConfig
+from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
 
 SMALL = {

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from harmonica import commands, many_samples
-from harmonica.config import SampleConfig
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import Npz, sha256
 from harmonica.lock import held
 from harmonica.many_samples import sample_many
+from harmonica.sample_config import SampleConfig
 from harmonica.shards import Origin, ShardFolder, divide
 
 FEW = SampleConfig(num_sampling_steps=2, cfg_scale=1.0, num_samples=10, shard_size=3, png=True)

@@ -19,7 +19,6 @@ from families import tiny
 from harmonica.backbone import Backbone
 from harmonica.cache import Blend, Cache, replay_branches
 from harmonica.conditions import Placeholders
-from harmonica.config import TrainConfig
 from harmonica.denoise import Guidance
 from harmonica.errors import HarmonicaError
 from harmonica.flops import measure_costs
@@ -27,13 +26,14 @@ from harmonica.interruption import Interruption
 from harmonica.labelled_images import LabelledImages
 from harmonica.randomness import Draws
 from harmonica.router import Router, RouterFile, load_router, save_router
-from harmonica.run_directory import RunDirectory
 from harmonica.samplers import SAMPLERS, State, create_sampler
 from harmonica.sampling import load_schedule, sample
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches, samples_per_process
+from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus
 from harmonica.training.learner import StepwiseLearner
+from harmonica.training.run_directory import RunDirectory
 from harmonica.training.sdt import BetaControl, router_optimizer
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory_learner import TrajectoryLearner

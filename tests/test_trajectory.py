@@ -11,7 +11,6 @@ from conftest import Golden, relative
 from harmonica.baselines.fixed import evenly_spaced, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, Replay
-from harmonica.config import TrainConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.predictors import LAST, Extrapolation, Learned, combine
@@ -19,6 +18,7 @@ from harmonica.router import load_router, threshold_schedule
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.training.coefficients import Coefficients, fit_coefficients
+from harmonica.training.config import TrainConfig
 from harmonica.training.exchanges import Exchanges
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout

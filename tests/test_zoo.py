@@ -18,18 +18,21 @@ from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
 from harmonica.conditions import load_conditions
-from harmonica.config import BackboneConfig, EvaluateConfig, SampleConfig, TrainConfig
+from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance
 from harmonica.errors import HarmonicaError
 from harmonica.flops import measure_costs
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.subject import open_subject
 from harmonica.prompts import encode_prompts, save_prompts
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
 from harmonica.report import sample_and_report
 from harmonica.router import load_router
+from harmonica.sample_config import SampleConfig
 from harmonica.samplers import create_sampler
 from harmonica.sampling import sample
+from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
 from models import MODELS, SDXL, STABLE_DIFFUSION, create_model
 

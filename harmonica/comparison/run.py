@@ -28,7 +28,6 @@ from harmonica.comparison.config import (
     CompareConfig,
 )
 from harmonica.comparison.table import markdown
-from harmonica.config import TrainConfig
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError, OutOfReach
 from harmonica.evaluation import measure_reference
@@ -43,10 +42,11 @@ from harmonica.options import plain
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
 from harmonica.router import SEMANTICS, RouterFile, budget_schedule, load_router
-from harmonica.run_directory import RunDirectory
 from harmonica.sampling import eight_bit, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
+from harmonica.training.config import TrainConfig
+from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
 
 # A method whose settings come no nearer to a level than this has no entry there.

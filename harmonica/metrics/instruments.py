@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import is_safetensors
 from harmonica.metrics import NAMES
 from harmonica.metrics.clip import ClipScore
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.extractor import KINDS, Extractor, load_extractor
 from harmonica.metrics.images import pixels
 from harmonica.metrics.paired import Lpips, load_lpips, lpips_left_out

@@ -7,8 +7,8 @@ import torch
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
 from harmonica.baselines import Plan
-from harmonica.config import EvaluateConfig
 from harmonica.errors import HarmonicaError
+from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.images import FolderImages, ImageSet, open_images, pixels
 from harmonica.metrics.sampled import SampledImages
 from harmonica.plans import choose_plan
@@ -79,7 +79,7 @@ def _sampled(config: EvaluateConfig, device: torch.device) -> Subject:
             name, plan.backbone, plan.schedule, decode, config.seed, config.num_images
         )
 
-    whole, chosen = Plan(backbone), choose_plan(config, backbone)
+    whole, chosen = Plan(backbone), choose_plan(config, backbone, config.seed)
     uncached = images("sampled, uncached", whole)
     if chosen is None:
         return Subject(uncached, config.num_images, plan=whole)

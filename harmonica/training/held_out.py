@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.predictors import LAST, Extrapolation, LastValue, create_predictor
 from harmonica.samplers import Sampler
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
+from harmonica.training.config import TrainConfig
 
 
 class HeldOut:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from harmonica.autoencoder import load_encoder
 from harmonica.cache import Masking
-from harmonica.config import TrainConfig
 from harmonica.labelled_images import LabelledImages
 from harmonica.plots import lambda_curve
 from harmonica.router import Router, budget_schedule, highest_reused, threshold_schedule
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
+from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, Origin
 from harmonica.training.learning_to_cache import LearningToCache
 from harmonica.training.objective import ESTIMATORS, Student, iepo_loss, image_error_weights

@@ -12,12 +12,12 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from harmonica.config import TrainConfig
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.interruption import Interruption
-from harmonica.run_directory import RunDirectory
 from harmonica.training.checkpoint import Checkpoints, unpack
+from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import peers
+from harmonica.training.run_directory import RunDirectory
 
 
 def choose_run(config: TrainConfig) -> RunDirectory:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from harmonica.cache import Cache, Masking, fill
-from harmonica.config import TrainConfig
 from harmonica.denoise import Trajectories
 from harmonica.router import Router, every_row
 from harmonica.samplers import State
+from harmonica.training.config import TrainConfig
 
 
 @dataclass(frozen=True)

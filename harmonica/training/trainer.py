@@ -13,7 +13,6 @@ from tqdm import tqdm
 from harmonica import __version__
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
-from harmonica.config import TrainConfig
 from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.interruption import Interruption
@@ -21,12 +20,13 @@ from harmonica.options import plain
 from harmonica.plots import comparison, router_heatmap
 from harmonica.randomness import Draws
 from harmonica.router import RouterFile, save_router
-from harmonica.run_directory import RunDirectory
 from harmonica.sampling import load_schedule, sample
 from harmonica.training.batches import Batches
+from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, peers
 from harmonica.training.learner import Learner, StepwiseLearner
 from harmonica.training.progress import Progress
+from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trajectory_learner import TrajectoryLearner
 from models.transformer import call_block
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.baselines.fixed import evenly_spaced
-from harmonica.config import TrainConfig
 from harmonica.plots import learning_curve
 from harmonica.router import Router, budget_schedule, highest_reused
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
+from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, Origin
 from harmonica.training.exchanges import Exchanges
 from harmonica.training.sdt import optimizer_of, restore_optimizer

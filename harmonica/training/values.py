@@ -9,7 +9,6 @@ from torch import Tensor
 
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
-from harmonica.config import TrainConfig
 from harmonica.predictors import (
     Extrapolation,
     LastValue,
@@ -21,6 +20,7 @@ from harmonica.predictors import (
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
 from harmonica.training.coefficients import Coefficients, fit_coefficients
+from harmonica.training.config import TrainConfig
 from harmonica.training.held_out import HeldOut
 
 

@@ -1,40 +1,22 @@
-"""Where output goes, and the folder of a run: config, metrics, checkpoints, router, pictures."""
+"""The folder of a run: config, metrics, checkpoints, router, pictures."""
 
 import contextlib
 import json
-import os
 import re
-import subprocess
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from harmonica.config import LENGTH_AND_OUTPUT, REMEDIES, BackboneConfig, TrainConfig
+from harmonica.config import BackboneConfig
 from harmonica.denoise import Effort
 from harmonica.errors import HarmonicaError
 from harmonica.files import parse_json, read_json, write_atomically
 from harmonica.lock import held
 from harmonica.options import read_preset, to_yaml
+from harmonica.output import commit
+from harmonica.training.config import LENGTH_AND_OUTPUT, REMEDIES, TrainConfig
 
 _NAME = re.compile(r"\d{3,}-")
-
-
-def commit() -> str:
-    """Commit of the source tree, with a mark if it was changed; "unknown" outside of git."""
-    root = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        # Installed inside somebody else's repository, there is no commit of ours.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return "unknown"
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _number(path: Path) -> int:
@@ -172,24 +154,3 @@ class RunDirectory:
                 f"cannot write {self.path / 'metrics.jsonl'} ({error.strerror}); make room and "
                 "start again"
             ) from None
-
-
-def check_output(out: Path, report: str) -> None:
-    """Refuse a folder that cannot be written to or holds other files than an earlier run's.
-
-    Raises:
-        HarmonicaError: it is a file, holds something else, or cannot be written to.
-    """
-    if out.exists() and not out.is_dir():
-        raise HarmonicaError(f"--out {out} is a file; pass a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / report).exists():
-            raise HarmonicaError(
-                f"--out {out} holds files but no {report} of an earlier run; pass another folder"
-            )
-        earlier = read_json(out / report)
-        if not isinstance(earlier, dict) or "weights_hash" not in earlier:
-            raise HarmonicaError(f"--out {out} holds a foreign {report}; pass another folder")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise HarmonicaError(f"--out {out} cannot be written to; pass another folder")

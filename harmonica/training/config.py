@@ -1,0 +1,291 @@
+"""How a router is trained: flags, presets, and the record of a run."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from harmonica.budget import BUDGETS, Budget, budget_of, check_one_budget
+from harmonica.cache import MASKS
+from harmonica.config import BackboneConfig
+from harmonica.errors import HarmonicaError
+from harmonica.options import flag_of, option, read_preset
+from harmonica.predictors import COEFFICIENTS, COORDINATES, PREDICTORS
+from harmonica.training.objective import ESTIMATORS, FORMS
+from models import MODELS
+
+# What a run may change when it goes on: how long it is, and what does not touch its numbers.
+LENGTH_AND_OUTPUT = (
+    "resume", "results_dir", "max_steps", "epochs", "log_every", "ckpt_every", "keep_ckpts",
+    "timeout", "wandb", "num_workers", "compile", "cuda_graphs", "ckpt", "activation_checkpointing",
+    "lambda_rows", "refine",
+)  # fmt: skip
+# Also, if somebody asks for it: the remedies of a loss that is not finite.
+REMEDIES = ("lr", "coefficient_lr", "adam_eps", "mixed_precision")
+# Updates without --max-steps and --epochs, by objective: of one step, or of a whole trajectory.
+UPDATES = {"sdt": 1000, "trajectory": 60}
+# What step-wise training alone takes notice of.
+STEPWISE = (
+    "mask", "stores_fresh", "compares_all", "init_mean", "init_std", "lambda_c",
+    "lambda_estimator", "lambda_batch_size", "lambda_rows", "lambda_form",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig(BackboneConfig):
+    """Router training."""
+
+    # A flag of a group replaces what a preset says of it, and of what follows from it by default.
+    REPLACED_BY_FLAG: ClassVar = (
+        (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
+        (("l1",), ("objective", "refine")),
+        (("objective",), (*STEPWISE, "lr", "adam_eps", "max_steps", "epochs")),
+        (("freeze_schedule",), BUDGETS),
+        (("epochs", "max_steps"), ("epochs", "max_steps")),
+        (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),
+        (("method",), ("data", "lambda_form", "compares_all")),
+    )
+
+    method: str = option(
+        "harmonica",
+        "step-wise denoising training, or Learning-to-Cache, which is trained on --data",
+        choices=("harmonica", "learning-to-cache"),
+    )
+    data: str | None = option(
+        None, "images for Learning-to-Cache: a folder of class folders, or cifar10"
+    )
+    results_dir: Path = option(Path("results"), "parent folder of numbered run directories")
+    epochs: int | None = option(
+        None, "trajectories to train on; whichever of this and --max-steps ends first", low=1
+    )
+    max_steps: int | None = option(
+        None,
+        "router updates; without this and --epochs 1000, and 60 with --objective trajectory",
+        low=1,
+    )
+    global_batch_size: int = option(
+        16, "model rows per forward over all processes; guidance takes two rows a sample", low=1
+    )
+    global_seed: int = option(
+        0, "seed of initial scores, noise and labels", low=0, high=2**32, aliases=("--seed",)
+    )
+    lr: float = option(0.1, "AdamW learning rate of the logits", low=0)
+    adam_eps: float = option(
+        1e-15, "AdamW epsilon, to be far below the gradients", low=1e-30, high=1
+    )
+    l1: float | None = option(None, "beta, price of a computed branch, by hand", low=0)
+    target_cur: float | None = option(
+        None,
+        "steer beta to this share of reused branches and export exactly that; 0.5 if neither "
+        "--l1 nor --target-speedup is given",
+        low=0,
+        high=1,
+    )
+    target_speedup: float | None = option(None, "likewise, for a theoretical speed-up", low=1)
+    threshold: float = option(
+        0.1,
+        "with beta by hand: score above which a branch is computed",
+        aliases=("--ste-threshold",),
+        low=0,
+        high=1,
+    )
+    mask: str = option("soft", "how scores act in the student", choices=MASKS)
+    stores_fresh: bool = option(
+        True, "cache what was computed, as replay does; off: the blend, as published"
+    )
+    compares_all: bool | None = option(
+        None,
+        "compare every output channel, as published, not only those the sampler uses; default: if "
+        "beta is set by hand, whose scale it is",
+    )
+    objective: str = option(
+        "sdt",
+        "what --method harmonica learns on: each step's output against the teacher's, or the "
+        "final image, differentiated through the whole trajectory",
+        choices=("sdt", "trajectory"),
+    )
+    predictor: str = option(
+        "last",
+        "what stands in for a skipped branch: its last value, a polynomial through the last two "
+        "or three, or learned coefficients",
+        choices=(*PREDICTORS, "learned"),
+    )
+    coordinate: str = option(
+        "time", "what distances between steps are measured in", choices=COORDINATES
+    )
+    coefficients: str = option(
+        "channel", "learned: one number per branch and step, or per channel", choices=COEFFICIENTS
+    )
+    fit: str = option(
+        "gradient",
+        "learned: together with the router, or in closed form after it",
+        choices=("gradient", "least-squares"),
+    )
+    coefficient_lr: float = option(0.003, "Adam learning rate of the coefficients", low=0)
+    freeze_schedule: Path | None = option(
+        None, "learn coefficients alone, for the schedule of this router file or schedule JSON"
+    )
+    refine: int = option(
+        0, "flips to try after training with --objective trajectory, at equal cost", low=0
+    )
+    held_out_batch_size: int | None = option(
+        None,
+        "model rows that decide what is kept, over all processes; default: four times the batch",
+        low=1,
+    )
+    held_out_every: int = option(10, "updates between such decisions", low=1)
+    activation_checkpointing: bool = option(
+        False, "keep less for gradients and run parts again: less memory, more time"
+    )
+    init_mean: float = option(0.0, "mean of the initial logits", low=-5, high=5)
+    init_std: float = option(0.1, "standard deviation of the initial logits", low=0)
+    lambda_c: int = option(200, "updates between refreshes of the image-error weights", low=1)
+    lambda_estimator: str = option(
+        "leave-one-out", "how they are estimated", choices=tuple(ESTIMATORS)
+    )
+    lambda_batch_size: int | None = option(
+        None, "model rows of a refresh over all processes; default: twice the batch size", low=1
+    )
+    lambda_rows: int = option(
+        64,
+        "model rows of one forward of a refresh: as many rollouts run side by side as fit",
+        low=1,
+    )
+    lambda_form: str | None = option(
+        None,
+        "how they enter the loss; default: published if beta is set by hand, whose scale it is, "
+        "else sensitivity; constant is the loss of Learning-to-Cache",
+        choices=FORMS,
+    )
+    resume: str | None = option(
+        None,
+        "run directory to go on with, its options standing unless flags say otherwise; auto: the "
+        "newest one under --results-dir with the same options, or a new one",
+    )
+    log_every: int = option(100, "updates between lines of metrics.jsonl", low=1)
+    ckpt_every: int = option(
+        1000, "most updates between checkpoints, unless one trajectory has more", low=1
+    )
+    keep_ckpts: int = option(3, "newest checkpoints that are kept", low=2)
+    timeout: int = option(
+        900, "seconds that a process waits for one that does not answer before it ends", low=1
+    )
+    wandb: bool = option(False, "report to Weights & Biases")
+    num_workers: int = option(
+        0,
+        "processes that read --data; without it there is nothing to read",
+        aliases=("--num-works",),
+        low=0,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        is_free = self.freeze_schedule is None
+        if is_free and all(getattr(self, name) is None for name in BUDGETS):
+            object.__setattr__(self, "target_cur", 0.5)
+        if self.epochs is None and self.max_steps is None:
+            object.__setattr__(self, "max_steps", UPDATES.get(self.objective))
+        if self.lambda_batch_size is None:
+            object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
+        if self.held_out_batch_size is None:
+            object.__setattr__(self, "held_out_batch_size", 4 * self.global_batch_size)
+        if self.compares_all is None:
+            published = self.l1 is not None or self.method == "learning-to-cache"
+            object.__setattr__(self, "compares_all", published)
+        if self.lambda_form is None:
+            form = "sensitivity" if self.l1 is None else "published"
+            if self.method == "learning-to-cache":
+                form = "constant"
+            object.__setattr__(self, "lambda_form", form)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What beta is steered to; None if it is set by hand."""
+        return budget_of(self)
+
+    @classmethod
+    def known_from_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What the run that goes on was started with."""
+        resume = values.get("resume")
+        if resume in (None, "auto"):
+            return {}
+        path = Path(resume) / "config.yaml"
+        if not path.is_file():
+            raise HarmonicaError(
+                f"--resume {resume} is not a run directory; pass one, or auto for the newest"
+            )
+        known = read_preset(cls, path)
+        if values.keys() & {"epochs", "max_steps"}:
+            known.update(epochs=None, max_steps=None)
+        return known
+
+    def differences(self, recorded: "TrainConfig", may_change: Collection[str]) -> list[str]:
+        """Options that a run was started with otherwise, apart from some; as flag and value."""
+        changed = [name for name in self._changed(recorded) if name not in may_change]
+        return [f"{flag_of(name)} {getattr(recorded, name)}" for name in changed]
+
+    def _changed(self, other: "TrainConfig") -> list[str]:
+        return [
+            spec.name
+            for spec in fields(self)
+            if getattr(self, spec.name) != getattr(other, spec.name)
+        ]
+
+    def check(self) -> None:
+        """Also: one budget, and images where they are needed and only there."""
+        super().check()
+        check_one_budget(self)
+        if self.method == "learning-to-cache":
+            if MODELS[self.model].text_encoder is not None:
+                raise HarmonicaError(
+                    f"--method learning-to-cache learns from images with classes, and {self.model} "
+                    "takes prompts; use the other method"
+                )
+            if self.data is None:
+                raise HarmonicaError(
+                    "--method learning-to-cache learns from images; name them with --data"
+                )
+            if self.lambda_form != "constant":
+                raise HarmonicaError(
+                    f"--lambda-form {self.lambda_form} weighs whole trajectories, which --method "
+                    "learning-to-cache does not see; drop one"
+                )
+        elif self.data is not None:
+            raise HarmonicaError("--data is for --method learning-to-cache; drop it")
+        if self.method == "learning-to-cache" and (
+            self.objective != "sdt" or self.predictor != "last" or self.freeze_schedule
+        ):
+            raise HarmonicaError(
+                "--method learning-to-cache reuses last values at single steps; drop --objective, "
+                "--predictor and --freeze-schedule"
+            )
+        if self.freeze_schedule is not None and self.predictor != "learned":
+            raise HarmonicaError(
+                "--freeze-schedule leaves nothing to learn but coefficients; add --predictor "
+                "learned"
+            )
+        if self.freeze_schedule is not None and any(
+            getattr(self, name) is not None for name in BUDGETS
+        ):
+            raise HarmonicaError(
+                "--freeze-schedule has its own cost; drop --l1, --target-cur and --target-speedup"
+            )
+        if self.predictor != "learned" and (self.fit, self.coefficients) != ("gradient", "channel"):
+            raise HarmonicaError(
+                "--fit and --coefficients are for learned coefficients; add --predictor learned"
+            )
+        if self.objective == "trajectory" and self.l1 is not None:
+            raise HarmonicaError(
+                "--objective trajectory has no price for --l1; pass --target-cur or "
+                "--target-speedup"
+            )
+        if self.objective == "trajectory":
+            defaults = {spec.name: spec.default for spec in fields(self) if spec.name in STEPWISE}
+            for name in self._changed(replace(self, **defaults)):
+                raise HarmonicaError(
+                    f"{flag_of(name)} is for --objective sdt, and this is trajectory; drop one"
+                )
+        if self.refine and (self.objective != "trajectory" or self.freeze_schedule is not None):
+            raise HarmonicaError(
+                "--refine moves what --objective trajectory has learned; add that, or drop it"
+            )
