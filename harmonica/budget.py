@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harmonica.errors import HarmonicaError, OutOfReach
+from harmonica.errors import OutOfReach
 from harmonica.flops import Costs
-from harmonica.options import Options, flag_of
 from harmonica.schedule import Schedule
 
 
@@ -80,25 +79,3 @@ class Budget:
         if self.speedup is not None:
             return abs(schedule.theoretical_speedup / self.speedup - 1)
         return abs(schedule.cur - self.cur)
-
-
-# Three ways to say how much to reuse, of which one counts.
-BUDGETS = ("l1", "target_cur", "target_speedup")
-
-
-def budget_of(config: Options) -> Budget | None:
-    """The budget that the target flags say, of which one counts; None without any."""
-    if config.target_cur is not None:
-        return Budget(cur=config.target_cur)
-    return None if config.target_speedup is None else Budget(speedup=config.target_speedup)
-
-
-def check_one_budget(config: Options) -> None:
-    """Refuse several budgets.
-
-    Raises:
-        HarmonicaError: there are.
-    """
-    given = [flag_of(name) for name in BUDGETS if getattr(config, name, None) is not None]
-    if len(given) > 1:
-        raise HarmonicaError(f"{' and '.join(given)} exclude each other; pass one")

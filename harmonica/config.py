@@ -2,15 +2,43 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+from harmonica.budget import Budget
 from harmonica.diffusion import TRAIN_STEPS
 from harmonica.errors import HarmonicaError
-from harmonica.options import Options, option
+from harmonica.options import Options, flag_of, option
 from harmonica.samplers import SAMPLERS
 from models import MODELS
 
 PRECISIONS = ("no", "bf16", "fp16")
+# Three ways to say how much to reuse, of which one counts.
+BUDGETS = ("l1", "target_cur", "target_speedup")
+
+
+class HasBudget(Protocol):
+    """A configuration with the target flags."""
+
+    target_cur: float | None
+    target_speedup: float | None
+
+
+def budget_of(config: HasBudget) -> Budget | None:
+    """The budget that the target flags say, of which one counts; None without any."""
+    if config.target_cur is not None:
+        return Budget(cur=config.target_cur)
+    return None if config.target_speedup is None else Budget(speedup=config.target_speedup)
+
+
+def check_one_budget(config: HasBudget) -> None:
+    """Refuse several budgets.
+
+    Raises:
+        HarmonicaError: there are.
+    """
+    given = [flag_of(name) for name in BUDGETS if getattr(config, name, None) is not None]
+    if len(given) > 1:
+        raise HarmonicaError(f"{' and '.join(given)} exclude each other; pass one")
 
 
 @dataclass(frozen=True)

@@ -107,17 +107,14 @@ def denoise(
 
 
 @dataclass
-class Effort:
-    """What has been spent.
+class Tally:
+    """Runs of the model on one sample, its guidance halves together.
 
-    Attributes:
-        evaluations: runs of the model on one sample, its guidance halves together; one that takes
-            branches from a cache, or is only there for gradients, counts as any other.
-        seconds: of work, pauses between parts of a run left out.
+    One that takes branches from a cache counts as any other, and so does a whole step that runs
+    again for its gradients.
     """
 
     evaluations: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class Trajectories:
         indices: (n,) global sample indices, for messages about single samples.
         run: how ``predict`` runs a block; see ``models.transformer.call_block``.
         steps_ahead: most steps whose conditioning is computed at once.
-        effort: counts evaluations, if there is one.
+        tally: counts evaluations, if there is one.
     """
 
     model: DiffusionTransformer
@@ -146,7 +143,7 @@ class Trajectories:
     indices: Sequence[int] = ()
     run: Callable[..., Tensor] = call_block
     steps_ahead: int = TRAIN_STEPS
-    effort: Effort | None = None
+    tally: Tally | None = None
 
     @property
     def num_steps(self) -> int:
@@ -190,8 +187,8 @@ class Trajectories:
         self, forward: Callable[[Tensor, Conditioning], Tensor], s: int, x: Tensor
     ) -> Tensor:
         """Guided output at evaluation s of some way to run the model on rows of x."""
-        if self.effort is not None:
-            self.effort.evaluations += len(x)
+        if self.tally is not None:
+            self.tally.evaluations += len(x)
         rows = torch.cat([x] * self.guidance.halves)
         with in_precision_of(self.model):
             output = forward(rows, self.conditioning(s)).float()

@@ -107,7 +107,7 @@ def _prepare(config: SampleConfig, rank: Rank) -> tuple[Maker, Origin]:
     backbone = load_backbone(config, device)
     conditions = backbone.conditions
     check_classes(config, conditions.count)
-    chosen = choose_plan(config, backbone, config.seed)
+    chosen = choose_plan(config, backbone)
     plan = Plan(backbone) if chosen is None else chosen[1]
     options = {k: v for k, v in plain(config).items() if k not in NOT_OF_THE_IMAGES}
     origin = Origin(

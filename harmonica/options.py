@@ -41,7 +41,8 @@ class Options:
 
     Attributes:
         REPLACED_BY_FLAG: (flags, names): one of the flags, where it says something else than a
-            preset, replaces what that says of the names.
+            preset, replaces what that says of the names; so does one of the names that was
+            replaced, in rows below.
         SMALL: what ``--quick`` sets unless a flag says otherwise.
     """
 
@@ -186,11 +187,13 @@ def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
     values = read_preset(cls, preset) if preset is not None else {}
     if given.get("quick", values.get("quick")):
         values.update(cls.SMALL)
-    said = {spec.name: values.get(spec.name, spec.default) for spec in fields(cls)}
-    differing = {name for name, value in given.items() if value != said[name]}
+    defaults = {spec.name: spec.default for spec in fields(cls)}
+    said = {**defaults, **values}
+    changed = {name for name, value in given.items() if value != said[name]}
     for flags, replaced in cls.REPLACED_BY_FLAG:
-        if differing & set(flags):
+        if changed & set(flags):
             values = {name: value for name, value in values.items() if name not in replaced}
+            changed |= {name for name in replaced if said[name] != defaults[name]}
     values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     config = cls(**{**cls.known_from_files(values), **values})
     config.check()

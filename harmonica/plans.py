@@ -9,14 +9,15 @@ from harmonica.sample_config import ReplayConfig
 from harmonica.sampling import load_schedule, with_predictor
 
 
-def choose_plan(config: ReplayConfig, backbone: Backbone, seed: int) -> tuple[str, Plan] | None:
+def choose_plan(config: ReplayConfig, backbone: Backbone) -> tuple[str, Plan] | None:
     """The plan, and what to call it; None if nothing says so.
 
     Raises:
         HarmonicaError: a router that does not fit, or a predictor where nothing is skipped.
     """
     if config.method is not None:
-        name, plan = config.method, METHODS[config.method](backbone, config.budget, seed)
+        name = config.method
+        plan = METHODS[name](backbone, config.budget, config.method_seed)
     elif config.path is not None:
         schedule = load_schedule(
             config.path, config.threshold, backbone, config.semantics, force=config.force

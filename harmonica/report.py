@@ -84,7 +84,7 @@ def sample_and_report(config: SampleConfig) -> str:
     device = select_device()
     backbone = load_backbone(config, device)
     count, labels = choose_labels(config, backbone)
-    chosen = choose_plan(config, backbone, config.seed)
+    chosen = choose_plan(config, backbone)
     decode = load_decoder(config, device)
     draws, indices = Draws(config.seed, "sample"), range(count)
 

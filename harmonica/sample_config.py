@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from harmonica.baselines import METHODS
-from harmonica.budget import Budget, budget_of, check_one_budget
-from harmonica.config import BackboneConfig
+from harmonica.budget import Budget
+from harmonica.config import BackboneConfig, budget_of, check_one_budget
 from harmonica.errors import HarmonicaError
 from harmonica.options import option
 from harmonica.predictors import COORDINATES, PREDICTORS
@@ -61,6 +61,9 @@ class ReplayConfig(BackboneConfig):
     )
     target_cur: float | None = option(None, "share of reused branches for --method", low=0, high=1)
     target_speedup: float | None = option(None, "likewise, theoretical speed-up", low=1)
+    method_seed: int = option(
+        0, "seed of a --method that draws its schedule or calibrates", low=0, high=2**32
+    )
     predictor: str | None = option(
         None,
         "what stands in for a skipped branch; default: what the router was trained with, or the "
@@ -98,10 +101,14 @@ class ReplayConfig(BackboneConfig):
             raise HarmonicaError(
                 "--threshold, --semantics and --force read a router; name it with --path"
             )
+        if self.method is None and self.method_seed:
+            raise HarmonicaError("--method-seed is for a --method; name one")
         if self.path is None and self.method is None and self.predictor is not None:
             raise HarmonicaError(
                 "--predictor stands in for what is skipped; add --path or --method"
             )
+        if self.predictor in (None, "last") and self.coordinate != "time":
+            raise HarmonicaError("--coordinate is for a --predictor that forecasts; add one")
 
 
 @dataclass(frozen=True)

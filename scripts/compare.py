@@ -1,4 +1,4 @@
-"""Compare all methods at equal cost.
+"""Compare methods at equal cost.
 
     python scripts/compare.py --config configs/compare_demo.yaml
 

@@ -164,6 +164,8 @@ def test_flags_replace_the_budget_of_a_preset(tmp_path):
         assert done.returncode == 0, done.stderr
         config = yaml.safe_load(done.stdout)
         assert config[name] == 1.5 and config["target_cur"] is None
+    # With a price by hand another objective learns, for which the preset's length is too short.
+    assert config["objective"] == "sdt" and config["max_steps"] == 1000
 
 
 def test_another_objective_replaces_what_a_preset_says_of_the_first():

@@ -216,10 +216,11 @@ def test_a_rollout_goes_on_from_any_position(golden: Golden, forecasts):
     plan = schedule(golden, linear(golden) if forecasts else LAST)
     batch, rollout = golden.trajectories(), Rollout(plan.compute, plan.predictor)
     with torch.no_grad():
-        positions = list(rollout.positions(batch))
+        positions = list(rollout.positions(batch, rollout.start(batch)))
         assert [position.s for position in positions] == list(range(golden.num_steps + 1))
         for position in positions:
-            assert torch.equal(rollout(batch, start=position), positions[-1].state.x)
+            *_, last = rollout.positions(batch, position)
+            assert torch.equal(last.state.x, positions[-1].state.x)
 
 
 def test_exchanges_keep_the_cost_and_only_what_is_better(tmp_path):
@@ -240,15 +241,20 @@ def test_exchanges_keep_the_cost_and_only_what_is_better(tmp_path):
     assert scores[~compute[1:]].max() <= scores[compute[1:]].min()
 
 
-def test_exchanges_share_what_comes_before(tmp_path):
+@pytest.mark.parametrize(("most_bytes", "stride"), [(2**30, 1), (1, 4)])
+def test_exchanges_share_what_comes_before(tmp_path, most_bytes, stride):
+    """Positions that fit are kept; without any, a candidate starts from noise."""
     learner = trainer(tmp_path, held_out_batch_size=4).learner
-    search = Exchanges(learner.values.held_out, learner.best, learner.best_logits, seed=0)
-    effort, samples, saved = learner.batches.effort, 2, 0
-    for _ in range(6):
-        before = effort.evaluations
+    search = Exchanges(learner.values.held_out, learner.best, learner.best_logits, 0, most_bytes)
+    tally, samples, firsts, rolled_out = learner.batches.tally, 2, [], search._rolled_out
+    search._rolled_out = lambda schedule, s: firsts.append(s) or rolled_out(schedule, s)
+    for _ in range(8):
+        before, tries = tally.evaluations, len(firsts)
         search.attempt(1)
-        saved += 4 * samples - (effort.evaluations - before)
-    assert saved > 0
+        if len(firsts) > tries:
+            rolled = 4 - firsts[-1] // stride * stride
+            assert tally.evaluations - before == rolled * samples
+    assert max(firsts) > 1
 
 
 def test_exchanges_end_where_there_is_nothing_to_exchange(tmp_path):
@@ -294,7 +300,11 @@ def test_the_closed_form_needs_no_updates(tmp_path, bundled_costs, objective):
         ({"objective": "trajectory", "l1": 1e-7}, "--objective trajectory"),
         ({"objective": "trajectory", "lambda_c": 7}, "--lambda-c is for --objective sdt"),
         ({"objective": "trajectory", "mask": "hard"}, "--mask is for --objective sdt"),
-        ({"refine": 5}, "--refine"),
+        ({"refine": 5}, "--refine is for --objective trajectory"),
+        ({"held_out_every": 5}, "--held-out-every is for --objective trajectory"),
+        ({"held_out_batch_size": 2}, "--held-out-batch-size is for"),
+        ({"coefficient_lr": 0.1}, "--coefficient-lr is for --predictor learned"),
+        ({"coordinate": "step"}, "--coordinate is for a --predictor"),
         ({"fit": "least-squares"}, "--fit"),
         ({"objective": "trajectory", "target_cur": 0.99}, "out of reach"),
     ],

@@ -32,8 +32,12 @@ TRAINED_AT_LEVEL: dict[str, dict] = {
     **{f"harmonica{name}": value for name, value in _VALUES.items()},
 }
 # These go on from there with exchanges.
-REFINED = tuple(f"{name}-refined" for name in TRAINED_AT_LEVEL if name.startswith("trajectory"))
-# These learn what stands in for what FORA skips, on the final image.
+REFINED = {
+    f"{name}-refined": options
+    for name, options in TRAINED_AT_LEVEL.items()
+    if name.startswith("trajectory")
+}
+# These learn what stands in for what FORA skips: in closed form, or on the final image.
 ON_FORA = {f"fora{name}": _TRAJECTORY | _VALUES[name] for name in ("-fitted", "-learned")}
 LEARNED = (*TRAINED, *TRAINED_AT_LEVEL, *REFINED, *ON_FORA)
 ALL_METHODS = (*LEARNED, *METHODS)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,7 +148,8 @@ class Comparison:
             f"seeds from {config.image_seed} for errors, {config.num_images} images for "
             f"distances; exact: DDIM with {config.exact_steps} steps; time of a batch of "
             f"{TIMED_BATCH} against the uncached one in the same run, {torch.get_num_threads()} "
-            f"threads on {self.device.type}"
+            f"threads on {self.device.type}; training: evaluations of the model on one sample, and "
+            f"seconds, once for all levels for {', '.join(TRAINED)}"
         )
 
     # Plans.
@@ -196,12 +196,17 @@ class Comparison:
         finished = sorted(folder.glob("*/router.safetensors"))
         if finished:
             return RunDirectory(finished[0].parent)
-        options = self._options(cell, folder)
-        training = self.config.of(TrainConfig, **options, global_seed=cell.seed, results_dir=folder)
-        return Trainer(training).run()
+        options = self._options(cell)
+        if cell.method in ON_FORA:
+            options["freeze_schedule"] = folder.parent / f"{folder.name}.json"
+            self.plan(replace(cell, method="fora")).schedule.save(options["freeze_schedule"])
+        # Not every objective has compiled blocks, and what training took is compared.
+        shared = replace(self.config, compile=False)
+        options.update(global_seed=cell.seed, results_dir=folder)
+        return Trainer(shared.of(TrainConfig, **options)).run()
 
-    def _options(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        """How a method learns."""
+    def _options(self, cell: Cell) -> dict[str, Any]:
+        """How a method learns, the schedule of FORA left out."""
         config, method = self.config, cell.method
         if method in TRAINED:
             is_alternate = method == "learning-to-cache"
@@ -211,18 +216,13 @@ class Comparison:
                 "max_steps": config.train_updates,
                 "target_cur": config.train_cur / 2 if is_alternate else config.train_cur,
             }
+        at_level = {"target_cur": cell.level.cur, "target_speedup": cell.level.speedup}
         if method in ON_FORA:
-            schedule = folder.parent / f"{folder.name}.json"
-            self.plan(replace(cell, method="fora")).schedule.save(schedule)
-            options = {**ON_FORA[method], "freeze_schedule": schedule}
+            options = ON_FORA[method]
+        elif method in REFINED:
+            options = {**REFINED[method], **at_level, "refine": config.exchanges}
         else:
-            refine = {"refine": config.exchanges} if method in REFINED else {}
-            options = {
-                **TRAINED_AT_LEVEL[method.removesuffix("-refined")],
-                **refine,
-                "target_cur": cell.level.cur,
-                "target_speedup": cell.level.speedup,
-            }
+            options = {**TRAINED_AT_LEVEL[method], **at_level}
         on_image = options.get("objective") == "trajectory"
         updates = config.trajectory_updates if on_image else config.train_updates
         return {**options, "max_steps": updates}

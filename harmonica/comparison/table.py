@@ -53,8 +53,8 @@ def _effort(found: list[dict]) -> str:
 
 def _number(error: float) -> str:
     """Three significant digits, never in scientific notation."""
-    if error == 0:
-        return "0"
+    if error == 0 or not math.isfinite(error):
+        return f"{error:g}"
     return f"{error:.{max(0, 2 - math.floor(math.log10(error)))}f}"
 
 

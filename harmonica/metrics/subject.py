@@ -79,13 +79,13 @@ def _sampled(config: EvaluateConfig, device: torch.device) -> Subject:
             name, plan.backbone, plan.schedule, decode, config.seed, config.num_images
         )
 
-    whole, chosen = Plan(backbone), choose_plan(config, backbone, config.seed)
+    whole, chosen = Plan(backbone), choose_plan(config, backbone)
     uncached = images("sampled, uncached", whole)
     if chosen is None:
         return Subject(uncached, config.num_images, plan=whole)
     name, plan = chosen
     against = uncached if config.against is None else None
-    samples = images(f"sampled with {'the router' if name == 'router' else name}", plan)
+    samples = images(f"sampled with {name}", plan)
     return Subject(samples, config.num_images, against, plan, plan.speedup_over(whole))
 
 

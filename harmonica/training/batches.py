@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from harmonica.backbone import Backbone
-from harmonica.denoise import Effort, Trajectories
+from harmonica.denoise import Tally, Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.randomness import Draws
 from harmonica.sampling import trajectories
@@ -39,7 +39,7 @@ class Batches:
         seed: of noise and conditions.
         compares_all: see ``Trajectories``.
         run: likewise.
-        effort: of this process, on all its batches.
+        tally: of this process, on all its batches.
     """
 
     accelerator: Accelerator
@@ -47,7 +47,7 @@ class Batches:
     seed: int
     compares_all: bool
     run: Callable[..., Tensor] = call_block
-    effort: Effort = field(default_factory=Effort)
+    tally: Tally = field(default_factory=Tally)
 
     def samples(self, rows: int, flag: str, *, halves: int | None = None) -> int:
         """Samples of this process in a batch of ``rows`` model rows; ``flag`` says how many."""
@@ -66,7 +66,7 @@ class Batches:
     def of(self, purpose: str, indices: range) -> Trajectories:
         """The trajectories of these samples."""
         batch = trajectories(self.backbone, self.draws(purpose), indices)
-        return replace(batch, compares_all=self.compares_all, run=self.run, effort=self.effort)
+        return replace(batch, compares_all=self.compares_all, run=self.run, tally=self.tally)
 
     def __call__(self, purpose: str, number: int, samples: int) -> Trajectories:
         """This process's trajectories of batch ``number``."""

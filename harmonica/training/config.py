@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from harmonica.budget import BUDGETS, Budget, budget_of, check_one_budget
+from harmonica.budget import Budget
 from harmonica.cache import MASKS
-from harmonica.config import BackboneConfig
+from harmonica.config import BUDGETS, BackboneConfig, budget_of, check_one_budget
 from harmonica.errors import HarmonicaError
 from harmonica.options import flag_of, option, read_preset
 from harmonica.predictors import COEFFICIENTS, COORDINATES, PREDICTORS
@@ -29,6 +29,11 @@ STEPWISE = (
     "mask", "stores_fresh", "compares_all", "init_mean", "init_std", "lambda_c",
     "lambda_estimator", "lambda_batch_size", "lambda_rows", "lambda_form",
 )  # fmt: skip
+# What suits one objective and not the other.
+OF_OBJECTIVE = (
+    *STEPWISE, "refine", "held_out_batch_size", "held_out_every", "lr", "adam_eps", "max_steps",
+    "epochs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,13 @@ class TrainConfig(BackboneConfig):
     # A flag of a group replaces what a preset says of it, and of what follows from it by default.
     REPLACED_BY_FLAG: ClassVar = (
         (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
-        (("l1",), ("objective", "refine")),
-        (("objective",), (*STEPWISE, "lr", "adam_eps", "max_steps", "epochs")),
-        (("freeze_schedule",), BUDGETS),
+        (("l1",), ("objective",)),
+        (("method",), ("data", "lambda_form", "compares_all", "objective", "predictor")),
+        (("objective",), OF_OBJECTIVE),
+        (("predictor",), ("fit", "coefficients", "coefficient_lr", "coordinate")),
+        (("freeze_schedule",), (*BUDGETS, "refine")),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
         (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),
-        (("method",), ("data", "lambda_form", "compares_all")),
     )
 
     method: str = option(
@@ -126,7 +132,10 @@ class TrainConfig(BackboneConfig):
         None, "learn coefficients alone, for the schedule of this router file or schedule JSON"
     )
     refine: int = option(
-        0, "flips to try after training with --objective trajectory, at equal cost", low=0
+        0,
+        "exchanges to try after training with --objective trajectory, at equal cost; they keep up "
+        "to 4 GB of held-out trajectories, and twice that for a moment",
+        low=0,
     )
     held_out_batch_size: int | None = option(
         None,
@@ -232,60 +241,79 @@ class TrainConfig(BackboneConfig):
         ]
 
     def check(self) -> None:
-        """Also: one budget, and images where they are needed and only there."""
+        """Also: one budget, images where they are needed, and nothing that has no effect."""
         super().check()
         check_one_budget(self)
         if self.method == "learning-to-cache":
-            if MODELS[self.model].text_encoder is not None:
-                raise HarmonicaError(
-                    f"--method learning-to-cache learns from images with classes, and {self.model} "
-                    "takes prompts; use the other method"
-                )
-            if self.data is None:
-                raise HarmonicaError(
-                    "--method learning-to-cache learns from images; name them with --data"
-                )
-            if self.lambda_form != "constant":
-                raise HarmonicaError(
-                    f"--lambda-form {self.lambda_form} weighs whole trajectories, which --method "
-                    "learning-to-cache does not see; drop one"
-                )
+            self._check_learning_to_cache()
         elif self.data is not None:
             raise HarmonicaError("--data is for --method learning-to-cache; drop it")
-        if self.method == "learning-to-cache" and (
-            self.objective != "sdt" or self.predictor != "last" or self.freeze_schedule
-        ):
-            raise HarmonicaError(
-                "--method learning-to-cache reuses last values at single steps; drop --objective, "
-                "--predictor and --freeze-schedule"
-            )
-        if self.freeze_schedule is not None and self.predictor != "learned":
-            raise HarmonicaError(
-                "--freeze-schedule leaves nothing to learn but coefficients; add --predictor "
-                "learned"
-            )
-        if self.freeze_schedule is not None and any(
-            getattr(self, name) is not None for name in BUDGETS
-        ):
-            raise HarmonicaError(
-                "--freeze-schedule has its own cost; drop --l1, --target-cur and --target-speedup"
-            )
-        if self.predictor != "learned" and (self.fit, self.coefficients) != ("gradient", "channel"):
-            raise HarmonicaError(
-                "--fit and --coefficients are for learned coefficients; add --predictor learned"
-            )
+        if self.freeze_schedule is not None:
+            self._check_frozen()
         if self.objective == "trajectory" and self.l1 is not None:
             raise HarmonicaError(
                 "--objective trajectory has no price for --l1; pass --target-cur or "
                 "--target-speedup"
             )
-        if self.objective == "trajectory":
-            defaults = {spec.name: spec.default for spec in fields(self) if spec.name in STEPWISE}
-            for name in self._changed(replace(self, **defaults)):
-                raise HarmonicaError(
-                    f"{flag_of(name)} is for --objective sdt, and this is trajectory; drop one"
-                )
-        if self.refine and (self.objective != "trajectory" or self.freeze_schedule is not None):
+        self._check_effects()
+
+    def _check_learning_to_cache(self) -> None:
+        if MODELS[self.model].text_encoder is not None:
             raise HarmonicaError(
-                "--refine moves what --objective trajectory has learned; add that, or drop it"
+                f"--method learning-to-cache learns from images with classes, and {self.model} "
+                "takes prompts; use the other method"
             )
+        if self.data is None:
+            raise HarmonicaError(
+                "--method learning-to-cache learns from images; name them with --data"
+            )
+        if self.lambda_form != "constant":
+            raise HarmonicaError(
+                f"--lambda-form {self.lambda_form} weighs whole trajectories, which --method "
+                "learning-to-cache does not see; drop one"
+            )
+        if self.objective != "sdt" or self.predictor != "last" or self.freeze_schedule:
+            raise HarmonicaError(
+                "--method learning-to-cache reuses last values at single steps; drop --objective, "
+                "--predictor and --freeze-schedule"
+            )
+
+    def _check_frozen(self) -> None:
+        if self.predictor != "learned":
+            raise HarmonicaError(
+                "--freeze-schedule leaves nothing to learn but coefficients; add --predictor "
+                "learned"
+            )
+        if any(getattr(self, name) is not None for name in BUDGETS):
+            raise HarmonicaError(
+                "--freeze-schedule has its own cost; drop --l1, --target-cur and --target-speedup"
+            )
+
+    def _check_effects(self) -> None:
+        """Refuse an option that is not its default where it does nothing."""
+        on_images = self.objective == "trajectory"
+        learns_values = self.predictor == "learned"
+        has_effect = {
+            **dict.fromkeys(STEPWISE, (not on_images, "--objective sdt")),
+            "refine": (
+                on_images and self.freeze_schedule is None,
+                "--objective trajectory without --freeze-schedule",
+            ),
+            "held_out_every": (on_images, "--objective trajectory"),
+            "held_out_batch_size": (
+                on_images or learns_values,
+                "--objective trajectory or --predictor learned",
+            ),
+            "fit": (learns_values, "--predictor learned"),
+            "coefficients": (learns_values, "--predictor learned"),
+            "coefficient_lr": (
+                learns_values and self.fit == "gradient",
+                "--predictor learned with --fit gradient",
+            ),
+            "coordinate": (self.predictor != "last", "a --predictor that forecasts"),
+        }
+        defaults = {spec.name: spec.default for spec in fields(self) if spec.name in has_effect}
+        for name in self._changed(replace(self, **defaults)):
+            is_read, reader = has_effect[name]
+            if not is_read:
+                raise HarmonicaError(f"{flag_of(name)} is for {reader}; drop it, or add that")

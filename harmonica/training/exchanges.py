@@ -1,7 +1,7 @@
 """Search after learning: computed branches change places with reused ones of the same cost.
 
-Held-out seeds decide. A candidate is rolled out from the step at which it first differs from the
-best schedule so far; what comes before is shared.
+Held-out seeds decide. A candidate is rolled out from a position that the best schedule so far had
+before the two differ; what comes before is shared.
 """
 
 from dataclasses import replace
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harmonica.predictors import Learned
 from harmonica.schedule import Schedule
 from harmonica.training.held_out import HeldOut
 from harmonica.training.trajectory import Position, Rollout
 
 Place = tuple[int, int]
+# Of positions that are kept; while a candidate is tried, twice as much.
+MOST_BYTES = 4 * 2**30
 
 
 class Exchanges:
     """The best schedule so far, and trials to better it.
-
-    All positions of its rollouts are kept: x and the cache of every step, of all held-out samples.
 
     Attributes:
         schedule: the best so far.
@@ -28,24 +29,53 @@ class Exchanges:
         error: of its final latents on held-out seeds.
     """
 
-    def __init__(self, held_out: HeldOut, schedule: Schedule, logits: Tensor, seed: int):
+    def __init__(
+        self,
+        held_out: HeldOut,
+        schedule: Schedule,
+        logits: Tensor,
+        seed: int,
+        most_bytes: int = MOST_BYTES,
+    ):
         """``seed``: of the candidates, which are the same on all processes."""
         self.held_out, self.schedule, self.logits = held_out, schedule, logits
         self._generator = np.random.default_rng(seed)
         self._macs = np.array(schedule.costs.macs)
-        nothing: list[list[Position]] = [[] for _ in held_out.batches]
-        self._positions, self.error = self._rolled_out(schedule, nothing, 0)
+        self._predictor = schedule.predictor
+        if isinstance(self._predictor, Learned):
+            self._predictor = self._predictor.to(held_out.accelerator.device)
+        rollout = self._rollout(schedule)
+        self._stride = self._steps_apart(rollout, most_bytes)
+        # Of every batch, by step.
+        self._kept = [{0: rollout.start(batch)} for batch in held_out.batches]
+        self._kept, self.error = self._rolled_out(schedule, 0)
+
+    def _rollout(self, schedule: Schedule) -> Rollout:
+        return Rollout(schedule.compute, self._predictor)
+
+    @torch.no_grad()
+    def _steps_apart(self, rollout: Rollout, most_bytes: int) -> int:
+        """Steps between positions that are kept: x and the cache of all held-out samples."""
+        batches = self.held_out.batches
+        *_, last = rollout.positions(batches[0], rollout.start(batches[0]))
+        values = [value for history in last.histories for _, value in history]
+        size = len(batches) * sum(value.nbytes for value in (last.state.x, *values))
+        return -(-rollout.compute.shape[0] // max(1, most_bytes // size))
 
     @torch.no_grad()
     def _rolled_out(
-        self, schedule: Schedule, before: list[list[Position]], first: int
-    ) -> tuple[list[list[Position]], float]:
-        """Positions of every batch, those before step ``first`` as they are given; their error."""
-        rollout, rolled = Rollout(schedule.compute, schedule.predictor), []
-        for batch, known in zip(self.held_out.batches, before, strict=True):
-            start = known[first] if known else None
-            rolled.append([*known[:first], *rollout.positions(batch, start=start)])
-        return rolled, self.held_out.distance([positions[-1].state.x for positions in rolled])
+        self, schedule: Schedule, first: int
+    ) -> tuple[list[dict[int, Position]], float]:
+        """Positions to keep of a schedule that differs from the best at ``first``; its error."""
+        rollout, rolled, latents = self._rollout(schedule), [], []
+        for batch, known in zip(self.held_out.batches, self._kept, strict=True):
+            kept = {s: position for s, position in known.items() if s <= first}
+            for position in rollout.positions(batch, kept[max(kept)]):
+                if position.s % self._stride == 0:
+                    kept[position.s] = position
+            rolled.append(kept)
+            latents.append(position.state.x)
+        return rolled, self.held_out.distance(latents)
 
     def attempt(self, count: int) -> bool:
         """Try ``count`` exchanges at once, drawn with a preference for scores near the cut.
@@ -54,23 +84,22 @@ class Exchanges:
             Whether they made the images better, and are kept.
         """
         compute, logits = self.schedule.compute.copy(), self.logits.clone()
-        changed: list[Place] = []
         for _ in range(count):
             places = self._drawn(compute, logits)
             if places is None:
                 break
-            (down, up), changed = places, [*changed, *places]
+            down, up = places
             compute[down], compute[up] = False, True
             logits[down], logits[up] = logits[up].item(), logits[down].item()
-        if not changed:
+        changed = np.flatnonzero((compute != self.schedule.compute).any(axis=1))
+        if not len(changed):
             return False
         schedule = replace(self.schedule, compute=compute)
-        first = min(s for s, _ in changed)
-        positions, error = self._rolled_out(schedule, self._positions, first)
+        kept, error = self._rolled_out(schedule, int(changed[0]))
         is_better = error < self.error
         if is_better:
             self.schedule, self.logits, self.error = schedule, logits, error
-            self._positions = positions
+            self._kept = kept
         return is_better
 
     def _drawn(self, compute: np.ndarray, logits: Tensor) -> tuple[Place, Place] | None:

@@ -108,7 +108,7 @@ class LearningToCache(TrainingMethod):
             noise=lambda s: draws.step_noise(s, indices, backbone.latent_shape).to(x0.device),
             compares_all=self.batches.compares_all,
             indices=indices,
-            effort=self.batches.effort,
+            tally=self.batches.tally,
         )
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harmonica.config import BackboneConfig
-from harmonica.denoise import Effort
 from harmonica.errors import HarmonicaError
 from harmonica.files import parse_json, read_json, write_atomically
 from harmonica.lock import held
@@ -39,6 +38,19 @@ def _next_folder(parent: Path, number: int, label: str) -> Path:
             if not parent.is_dir():
                 raise
             number += 1
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What training took.
+
+    Attributes:
+        evaluations: of the model, see ``Tally``; of all processes.
+        seconds: from the start of every part of the run to its end.
+    """
+
+    evaluations: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,18 @@ class RunDirectory:
         write_atomically(self.path / "effort.json", json.dumps(asdict(effort)).encode())
 
     def effort(self) -> Effort:
-        return Effort(**read_json(self.path / "effort.json"))
+        """The same, read.
+
+        Raises:
+            HarmonicaError: the run is not finished, or of an earlier version.
+        """
+        path = self.path / "effort.json"
+        try:
+            return Effort(**read_json(path))
+        except (HarmonicaError, TypeError):
+            raise HarmonicaError(
+                f"{path} does not say what training took; remove that run to train again"
+            ) from None
 
     def forget_after(self, updates: int) -> None:
         """Drop lines of ``metrics.jsonl`` that training will write again, and one cut short."""

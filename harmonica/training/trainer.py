@@ -26,7 +26,7 @@ from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, peers
 from harmonica.training.learner import Learner, StepwiseLearner
 from harmonica.training.progress import Progress
-from harmonica.training.run_directory import RunDirectory
+from harmonica.training.run_directory import Effort, RunDirectory
 from harmonica.training.trajectory_learner import TrajectoryLearner
 from models.transformer import call_block
 
@@ -55,7 +55,8 @@ class Trainer:
         batches = Batches(
             self.accelerator, self.backbone, config.global_seed, config.compares_all, run
         )
-        self.effort, self._since = batches.effort, time.monotonic()
+        self.tally, self._started = batches.tally, time.monotonic()
+        self._earlier = Effort()  # parts of the run that this one goes on from
         self.interruption = Interruption()
         consensus = Consensus(self.accelerator, self.interruption)
         frozen = None
@@ -94,7 +95,6 @@ class Trainer:
                 with progress.secured():
                     self._train(progress, min(limits) if self.learner.learns else 0)
                     self.learner.finish()
-                self._clock()
                 self._export(progress.directory)
             finally:
                 self.accelerator.end_training()
@@ -146,7 +146,6 @@ class Trainer:
         from the seed and the counters.
         """
         scaler = self.accelerator.scaler
-        self._clock()
         return {
             "format": CHECKPOINT_FORMAT,
             "versions": {"harmonica": __version__, "torch": str(torch.__version__)},
@@ -170,8 +169,8 @@ class Trainer:
             )
         try:
             self.learner.load_state_dict(state["learner"])
-            for name, spent in state["effort"].items():
-                setattr(self.effort, name, spent)
+            self._earlier = Effort(**state.get("effort", {}))
+            self.tally.evaluations = 0  # setting up was counted when the run began
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -181,11 +180,14 @@ class Trainer:
                 f"the one that wrote it ({state['versions']})"
             ) from None
 
-    def _clock(self) -> None:
-        """Add the time since the last call to what has been spent."""
-        now = time.monotonic()
-        self.effort.seconds += now - self._since
-        self._since = now
+    @property
+    def effort(self) -> Effort:
+        """What the run has taken so far; processes share evaluations evenly."""
+        mine = self.tally.evaluations * self.accelerator.num_processes
+        return Effort(
+            self._earlier.evaluations + mine,
+            self._earlier.seconds + time.monotonic() - self._started,
+        )
 
     # Output.
 
@@ -219,7 +221,9 @@ class Trainer:
             return
         config, backbone, schedule = self.config, self.backbone, self.learner.schedule()
         logits = self.learner.logits().cpu()
-        save_router(
+        directory.record_effort(self.effort)
+        schedule.save(directory.schedule)
+        save_router(  # last: a run that has one is finished
             directory.router,
             RouterFile(
                 logits,
@@ -230,10 +234,6 @@ class Trainer:
                 schedule,
             ),
         )
-        schedule.save(directory.schedule)
-        # Processes share evaluations evenly.
-        evaluations = self.effort.evaluations * self.accelerator.num_processes
-        directory.record_effort(replace(self.effort, evaluations=evaluations))
         router_heatmap(
             directory.path / "router.png",
             logits.sigmoid().numpy(),

@@ -125,24 +125,25 @@ class Rollout:
     predictor: Predictor
     checkpoints: bool = False
 
-    def __call__(
-        self, batch: Trajectories, decisions: Tensor | None = None, start: Position | None = None
-    ) -> Tensor:
+    def __call__(self, batch: Trajectories, decisions: Tensor | None = None) -> Tensor:
         """Final latents (n, C, H, W); arguments are those of ``positions``."""
-        return deque(self.positions(batch, decisions, start), maxlen=1).pop().state.x
+        positions = self.positions(batch, self.start(batch), decisions)
+        return deque(positions, maxlen=1).pop().state.x
+
+    def start(self, batch: Trajectories) -> Position:
+        """Noise, and nothing in the cache."""
+        return Position(0, State(batch.x_T), ((),) * self.compute.shape[1])
 
     def positions(
-        self, batch: Trajectories, decisions: Tensor | None = None, start: Position | None = None
+        self, batch: Trajectories, start: Position, decisions: Tensor | None = None
     ) -> Iterator[Position]:
         """Every position from ``start`` to the end, both included.
 
         Args:
+            start: the beginning, or a position of a rollout that did the same up to there.
             decisions: (T, N) equal to ``compute``, differentiable; None to learn coefficients
                 alone, which computes nothing that is reused.
-            start: a position of a rollout that did the same up to there; None for the noise.
         """
-        if start is None:
-            start = Position(0, State(batch.x_T), ((),) * self.compute.shape[1])
         yield start
         state, histories = start.state, start.histories
 
