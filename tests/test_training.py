@@ -40,9 +40,10 @@ from harmonica.training.trajectory_learner import TrajectoryLearner
 
 CPU = torch.device("cpu")
 ARGUMENTS = [
-    "--num-sampling-steps", "4", "--global-batch-size", "8", "--max-steps", "9", "--lambda-c", "4",
+    "--num-sampling-steps", "4", "--global-batch-size", "8", "--max-steps", "9",
     "--log-every", "3", "--target-cur", "0.4",
 ]  # fmt: skip
+REFRESH = ["--lambda-c", "4"]
 
 
 def metrics(folder) -> list[dict]:
@@ -67,7 +68,7 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 def test_two_processes_train_like_one(way, tmp_path, labelled_images):
     """So does a run whose first part had two processes and its second part has one."""
     arguments = {
-        "harmonica": ARGUMENTS,
+        "harmonica": [*ARGUMENTS, *REFRESH],
         "learning-to-cache": [*ARGUMENTS, "--method", way, "--data", str(labelled_images)],
         "trajectory": [
             *ARGUMENTS, "--objective", way, "--predictor", "learned", "--held-out-every", "2",
