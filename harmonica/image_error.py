@@ -1,5 +1,6 @@
 """Distance of images to those of the same seeds without a cache."""
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -46,3 +47,10 @@ class ImageError:
             "mse": self.mse,
             "psnr": self.psnr,
         }
+
+
+def readable(error: float) -> str:
+    """Three significant digits, never in scientific notation."""
+    if error == 0 or not math.isfinite(error):
+        return f"{error:g}"
+    return f"{error:.{max(0, 2 - math.floor(math.log10(error)))}f}"

@@ -16,7 +16,7 @@ from harmonica.baselines import METHODS, Plan
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
-from harmonica.image_error import ImageError
+from harmonica.image_error import ImageError, readable
 from harmonica.options import plain
 from harmonica.output import check_output
 from harmonica.plans import choose_plan
@@ -172,7 +172,8 @@ def _table(
         lines.append(f"{'measured speed-up':38} {slow.median / fast.median:.2f}x")
     if error is not None:
         lines += [
-            f"{'image error, MSE mean / median':38} {error.mse_mean:.5f} / {error.mse_median:.5f}",
+            f"{'image error, MSE mean / median':38} {readable(error.mse_mean)} / "
+            f"{readable(error.mse_median)}",
             f"{'image error, PSNR':38} {error.psnr_mean:.1f} dB",
         ]
     return lines

@@ -14,6 +14,7 @@ from harmonica.comparison.config import DEFAULT_METHODS, CompareConfig
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown
 from harmonica.errors import HarmonicaError
+from harmonica.image_error import readable
 from harmonica.options import build_parser, resolve
 
 TINY = {
@@ -115,6 +116,13 @@ def test_a_line_of_the_table_is_the_mean_over_seeds(finished):
     numbers = re.search(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", line).groups()
     expected = [sum(means) / 2, min(means), max(means)]
     assert [float(number) for number in numbers] == pytest.approx(expected, rel=0.005)
+
+
+def test_errors_are_readable_at_any_size():
+    numbers = [0, 1.2345e-9, 9.996e-5, 0.0012345, 3.14159, 123.4, float("nan"), float("inf")]
+    assert [readable(number) for number in numbers] == [
+        "0", "0.00000000123", "0.0001000", "0.00123", "3.14", "123", "nan", "inf",
+    ]  # fmt: skip
 
 
 def test_more_steps_come_nearer_to_the_exact_solution(tmp_path):

@@ -1,7 +1,8 @@
 """The table of a comparison."""
 
-import math
 import statistics
+
+from harmonica.image_error import readable
 
 
 def markdown(results: list[dict]) -> str:
@@ -33,7 +34,7 @@ def _cells_of_line(method: str, found: list[dict], names: list[str]) -> list[str
         f"{statistics.fmean(r['theoretical_speedup'] for r in found):.2f}x",
         f"{timing['ratio']:.2f}x",
         _spread([r["against_uncached"]["mse_mean"] for r in found]),
-        _number(statistics.fmean(r["against_uncached"]["mse_median"] for r in found)),
+        readable(statistics.fmean(r["against_uncached"]["mse_median"] for r in found)),
         f"{statistics.fmean(r['against_uncached']['psnr_mean'] for r in found):.1f} dB",
         _spread([r["against_exact"]["mse_mean"] for r in found if "against_exact" in r]),
         *(f"{scores[name]:.2f}" if name in scores else "" for name in names),
@@ -51,18 +52,11 @@ def _effort(found: list[dict]) -> str:
     return f"{evaluations / 1000:.1f}k, {seconds:.0f} s"
 
 
-def _number(error: float) -> str:
-    """Three significant digits, never in scientific notation."""
-    if error == 0 or not math.isfinite(error):
-        return f"{error:g}"
-    return f"{error:.{max(0, 2 - math.floor(math.log10(error)))}f}"
-
-
 def _spread(values: list[float]) -> str:
     """Mean over seeds, and their range in brackets."""
     if not values:
         return ""
-    mean = _number(statistics.fmean(values))
+    mean = readable(statistics.fmean(values))
     return (
-        mean if len(values) == 1 else f"{mean} ({_number(min(values))} to {_number(max(values))})"
+        mean if len(values) == 1 else f"{mean} ({readable(min(values))} to {readable(max(values))})"
     )
