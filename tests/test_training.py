@@ -350,7 +350,7 @@ def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
     half = Trainer(replace(config, mixed_precision="bf16"))
     assert half.backbone.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert all(map(math.isfinite, half.learner.sweep().values()))
-    # The residual stream is float32, without which images drift several times as far.
+    # The residual stream is float32, without which images drift further.
     streams = set()
     for block in half.backbone.model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: streams.add(inputs[0].dtype))

@@ -71,7 +71,8 @@ class Exchanges:
         for batch, known in zip(self.held_out.batches, self._kept, strict=True):
             kept = {s: position for s, position in known.items() if s <= first}
             for position in rollout.positions(batch, kept[max(kept)]):
-                if position.s % self._stride == 0:
+                # Nothing starts from the end, whose cache is as large as any.
+                if position.s % self._stride == 0 and position.s < batch.num_steps:
                     kept[position.s] = position
             rolled.append(kept)
             latents.append(position.state.x)
