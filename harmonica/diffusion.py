@@ -23,6 +23,15 @@ def scaled_linear_betas(steps: int = TRAIN_STEPS) -> np.ndarray:
     return np.linspace(0.00085**0.5, 0.0120**0.5, steps, dtype=np.float64) ** 2
 
 
+def continuous_betas(steps: int = TRAIN_STEPS) -> np.ndarray:
+    """The variance-preserving SDE (Song et al., 2021) at ``steps`` even times, float64.
+
+    Its rate of noise grows linearly, from 0.1 to 20.
+    """
+    ends = np.arange(steps + 1) / steps
+    return -np.expm1(-np.diff(0.1 * ends + (20 - 0.1) / 2 * ends**2))
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The noise that a family of models was trained on, at discrete steps and between them.
@@ -32,11 +41,11 @@ class NoiseSchedule:
 
     Attributes:
         betas: (N,) noise added at every step of training.
-        first_timestep: what the model is given as time at step 0.
+        times: what the model is given as time at the first and the last step.
     """
 
     betas: np.ndarray
-    first_timestep: int = 0
+    times: tuple[float, float] = (0, TRAIN_STEPS - 1)
 
     @cached_property
     def alphas_bar(self) -> np.ndarray:
@@ -44,27 +53,29 @@ class NoiseSchedule:
         return np.cumprod(1.0 - self.betas)
 
     @cached_property
-    def _times(self) -> np.ndarray:
+    def _ends(self) -> np.ndarray:
         return np.arange(1, len(self.betas) + 1) / len(self.betas)
 
     def log_alpha(self, t: np.ndarray) -> np.ndarray:
         """Logarithm of the signal's scale at continuous times 1/N to 1."""
-        return np.interp(t, self._times, 0.5 * np.log(self.alphas_bar))
+        return np.interp(t, self._ends, 0.5 * np.log(self.alphas_bar))
 
     def time_at(self, log_snr: np.ndarray) -> np.ndarray:
         """Continuous time at which log(alpha / sigma) has these values."""
         log_alpha = -0.5 * np.logaddexp(0.0, -2.0 * log_snr)
-        return np.interp(log_alpha, 0.5 * np.log(self.alphas_bar)[::-1], self._times[::-1])
+        return np.interp(log_alpha, 0.5 * np.log(self.alphas_bar)[::-1], self._ends[::-1])
 
-    def model_time(self, t: np.ndarray) -> np.ndarray:
-        """What the model is given at continuous times."""
-        return t * len(self.betas) - 1 + self.first_timestep
+    def model_time(self, index: np.ndarray) -> np.ndarray:
+        """What the model is given at steps, and between them."""
+        first, last = self.times
+        return first + (last - first) / (len(self.betas) - 1) * index
 
 
-# DiT and PixArt; U-ViT, which counts its timesteps from 1.
+# DiT and PixArt; U-ViT, which counts its timesteps from 1; U-ViT in continuous time.
 NOISE_SCHEDULES = {
     "linear": NoiseSchedule(linear_betas()),
-    "u-vit": NoiseSchedule(scaled_linear_betas(), first_timestep=1),
+    "u-vit": NoiseSchedule(scaled_linear_betas(), times=(1, 1000)),
+    "u-vit-continuous": NoiseSchedule(continuous_betas(), times=(0.999, 999)),
 }
 
 
@@ -96,7 +107,7 @@ class Diffusion:
         betas: (T,) noise added at every step.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     betas: np.ndarray
 
     @classmethod
@@ -110,7 +121,7 @@ class Diffusion:
         kept = respaced_timesteps(count, len(schedule.betas))
         alphas_bar = schedule.alphas_bar[list(kept)]
         previous = np.append(1.0, alphas_bar[:-1])
-        timesteps = tuple(i + schedule.first_timestep for i in kept)
+        timesteps = tuple(schedule.model_time(np.array(kept)).tolist())
         return cls(timesteps, 1.0 - alphas_bar / previous)
 
     @cached_property

@@ -173,8 +173,7 @@ def _uvit(
 def _uvits() -> list[ModelSpec]:
     """U-ViT's guidance 0.4 is 1.4 here: it counts from the conditional output, not from the null.
 
-    H was trained on Stable Diffusion's noise schedule, L and S on the linear one in continuous
-    time.
+    H was trained on Stable Diffusion's noise schedule, L and S in continuous time.
     """
     return [
         _uvit(
@@ -190,13 +189,13 @@ def _uvits() -> list[ModelSpec]:
         _uvit(
             "U-ViT-L/2", UViTConfig(1024, 20, 16, 2, has_conv=True), 256,
             "imagenet256_uvit_large.pth", "1w7T1hiwKODgkYyMH9Nc9JNUThbxFZgs3", 1_100_000_000,
-            guidance=1.4, sampler="dpm-solver++",
+            guidance=1.4, sampler="dpm-solver++", noise_schedule="u-vit-continuous",
         ),
         _uvit(
             "U-ViT-S/2",
             UViTConfig(512, 12, 8, 2, in_channels=3, num_classes=0, has_conv=True), 32,
             "cifar10_uvit_small.pth", "1yoYyuzR_hQYWU0mkTj659tMTnoCWCMv-", 170_000_000,
-            guidance=1.0, sampler="dpm-solver++",
+            guidance=1.0, sampler="dpm-solver++", noise_schedule="u-vit-continuous",
         ),
     ]  # fmt: skip
 

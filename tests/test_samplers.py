@@ -290,20 +290,27 @@ def test_without_history_a_trajectory_starts_anew_at_first_order(name):
 def test_alphas_bar_are_those_of_the_timesteps(name, noise_schedule):
     schedule = NOISE_SCHEDULES[noise_schedule]
     sampler = create_sampler(name, 10, noise_schedule=noise_schedule)
-    t = (np.array(sampler.timesteps) - schedule.first_timestep + 1) / 1000
+    first, last = schedule.times
+    t = ((np.array(sampler.timesteps) - first) / (last - first) * 999 + 1) / 1000
     expected = np.exp(2 * schedule.log_alpha(t))
     assert len(sampler.alphas_bar) == 10 and sampler.name == name
     assert np.allclose(sampler.alphas_bar, expected, rtol=1e-5)
 
 
 def test_noise_schedules_are_those_of_their_models():
-    linear, uvit = (NOISE_SCHEDULES[name] for name in ("linear", "u-vit"))
+    linear, uvit, continuous = NOISE_SCHEDULES.values()
     ddpm = DDIMScheduler(beta_schedule="linear")
     diffusion = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.0120)
     assert np.allclose(linear.alphas_bar, ddpm.alphas_cumprod, rtol=1e-4)
     assert np.allclose(uvit.alphas_bar, diffusion.alphas_cumprod, rtol=1e-4)
-    for schedule, first in ((linear, 0), (uvit, 1)):
-        assert schedule.model_time(np.array([1 / 1000, 1.0])).tolist() == [first, 999 + first]
+    # The SDE, whose variance of noise grows at 0.1 + 19.9 t, solved by small steps.
+    rate = 0.1 + 19.9 * (np.arange(10**6) + 0.5) / 10**6
+    left = np.exp(-np.cumsum(rate) / 10**6)[999::1000]
+    assert np.allclose(continuous.alphas_bar, left, rtol=1e-6)
+    assert np.allclose(continuous.model_time(np.arange(1000)), 999 * np.arange(1, 1001) / 1000)
+    assert linear.model_time(np.array([0, 999])).tolist() == [0, 999]
+    assert uvit.model_time(np.array([0, 999])).tolist() == [1, 1000]
+    for schedule in (linear, uvit, continuous):
         t = np.linspace(0.002, 0.999, 7)
         log_alpha = schedule.log_alpha(t)
         log_snr = log_alpha - 0.5 * np.log(1 - np.exp(2 * log_alpha))

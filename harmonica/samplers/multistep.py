@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harmonica.diffusion import NOISE_SCHEDULES
+from harmonica.diffusion import NOISE_SCHEDULES, NoiseSchedule
 from harmonica.samplers.sampler import State
 
 
@@ -19,17 +19,17 @@ class Multistep:
 
     Attributes:
         scheduler: of diffusers.
-        first_timestep: what the model is given where the scheduler says 0.
+        schedule: what the model was trained on.
     """
 
     name: str
     scheduler: Any
-    first_timestep: int = 0
+    schedule: NoiseSchedule
     uses_variance = False
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        return tuple(t + self.first_timestep for t in self.scheduler.timesteps.tolist())
+        return tuple(self.schedule.model_time(self.scheduler.timesteps.numpy()).tolist())
 
     @property
     def alphas_bar(self) -> tuple[float, ...]:
@@ -117,7 +117,7 @@ def dpm_solver_pp(
     )
     scheduler.set_timesteps(num_steps)
     name = "dpm-solver++-zero" if to_zero else "dpm-solver++"
-    return DPMSolverMultistep(name, scheduler, schedule.first_timestep)
+    return DPMSolverMultistep(name, scheduler, schedule)
 
 
 def published_tau(t: float) -> float:
@@ -138,4 +138,4 @@ def sa_solver(num_steps: int, noise_schedule: str = "linear") -> SASolver:
         tau_func=published_tau,
     )
     scheduler.set_timesteps(num_steps)
-    return SASolver("sa-solver", scheduler, schedule.first_timestep)
+    return SASolver("sa-solver", scheduler, schedule)
