@@ -138,6 +138,20 @@ def test_more_steps_come_nearer_to_the_exact_solution(tmp_path):
     assert 0 < errors[1] < 0.7 * errors[0]
 
 
+def test_the_table_holds_all_cells_of_its_folder(finished):
+    """A run with other methods, costs or seeds adds to it; the order is that of cost and method."""
+    before = json.loads((finished.out / "comparison.json").read_text())["results"]
+    Comparison(replace(finished, methods=("fewer-steps",), speedups=(1.3, 2.0))).run()
+    results = json.loads((finished.out / "comparison.json").read_text())["results"]
+    assert [(r["level"], r["method"], r["seed"]) for r in results] == [
+        (None, "uncached", 0),
+        ("--target-speedup 1.3", "fewer-steps", 0),
+        *(("--target-speedup 1.5", name, i) for name in ("harmonica", "random") for i in (0, 1)),
+        ("--target-speedup 2", "fewer-steps", 0),
+    ]
+    assert [r for r in results if r["level"] in (None, "--target-speedup 1.5")] == before
+
+
 def test_another_first_seed_is_timed_and_scored_too(finished):
     Comparison(replace(finished, seeds=(1,))).run()
     report = json.loads((finished.out / "comparison.json").read_text())
@@ -206,4 +220,4 @@ def test_quick_gives_way_to_flags_and_presets_to_quick():
     )
     assert config.num_paired == 3
     assert config.num_images == CompareConfig.SMALL["num_images"]
-    assert config.mixed_precision == "bf16"
+    assert config.compile

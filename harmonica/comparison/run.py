@@ -18,6 +18,7 @@ from harmonica.baselines import METHODS, OF_LONG_SKIPS, Plan
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
 from harmonica.comparison.config import (
+    ALL_METHODS,
     LEARNED,
     ON_FORA,
     REFINED,
@@ -55,7 +56,7 @@ REPORT = "comparison.json"
 
 
 class Comparison:
-    """One comparison; ``run()`` fills the folder and returns the printed table."""
+    """One comparison; ``run()`` adds cells to its folder and returns the table of all of them."""
 
     def __init__(self, config: CompareConfig):
         self.config = config
@@ -77,12 +78,13 @@ class Comparison:
             LabelledImages(self.config.data, self.backbone.image_size)
         self._claim_folder("config.yaml", plain(self.config), self.config.FREE)
         self._claim_folder("provenance.yaml", provenance, set())
-        results, left_out = [], []
+        left_out = []
         for cell in self.cells():
             try:
-                results.append(self._result(cell))
+                self._measure(cell)
             except OutOfReach as error:
                 left_out.append(f"{cell.method} at {cell.level}: {error}")
+        results = self._finished()
         table = markdown(results)
         record = {"config": plain(self.config), **provenance, "results": results}
         record["left_out"] = left_out
@@ -229,8 +231,20 @@ class Comparison:
 
     # Measurements.
 
-    def _result(self, cell: Cell) -> dict:
-        """What a cell gave, as far as it is not in its file yet.
+    def _finished(self) -> list[dict]:
+        """All cells of the folder, by cost, method and seed."""
+
+        def place(result: dict) -> tuple:
+            if result["level"] is None:
+                return ()
+            budget, number = result["level"].split()
+            return budget, float(number), ALL_METHODS.index(result["method"]), result["seed"]
+
+        cells = (self.config.out / "cells").glob("*.json")
+        return sorted((read_json(path) for path in cells), key=place)
+
+    def _measure(self, cell: Cell) -> None:
+        """Measure what is not in the file of a cell yet.
 
         Raises:
             OutOfReach: see ``plan``.
@@ -239,7 +253,7 @@ class Comparison:
         result = read_json(path) if path.is_file() else None
         is_scored = not cell.has_seeds or cell.seed == self.config.seeds[0]
         if result is not None and ("scores" in result or not is_scored):
-            return result
+            return
         plan = self.plan(cell)
         latents = self._latents(cell, plan)
         result = {
@@ -254,7 +268,6 @@ class Comparison:
             result["measured_speedup"] = self._measured_speedup(plan)
             result["scores"] = self._scores(plan, latents, cell.key)
         write_atomically(path, json.dumps(result, indent=1).encode())
-        return result
 
     def _latents(self, cell: Cell, plan: Plan) -> Tensor:
         """Latents of the paired seeds."""
