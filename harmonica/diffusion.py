@@ -65,10 +65,14 @@ class NoiseSchedule:
         log_alpha = -0.5 * np.logaddexp(0.0, -2.0 * log_snr)
         return np.interp(log_alpha, 0.5 * np.log(self.alphas_bar)[::-1], self._ends[::-1])
 
-    def model_time(self, index: np.ndarray) -> np.ndarray:
+    def step_at(self, t: np.ndarray) -> np.ndarray:
+        """Step, possibly fractional, that stands at continuous times."""
+        return t * len(self.betas) - 1
+
+    def model_time(self, step: np.ndarray) -> np.ndarray:
         """What the model is given at steps, and between them."""
         first, last = self.times
-        return first + (last - first) / (len(self.betas) - 1) * index
+        return first + (last - first) / (len(self.betas) - 1) * step
 
 
 # DiT and PixArt; U-ViT, which counts its timesteps from 1; U-ViT in continuous time.

@@ -250,9 +250,8 @@ class Comparison:
             OutOfReach: see ``plan``.
         """
         path = self.config.out / "cells" / f"{cell.key}.json"
-        result = read_json(path) if path.is_file() else None
         is_scored = not cell.has_seeds or cell.seed == self.config.seeds[0]
-        if result is not None and ("scores" in result or not is_scored):
+        if path.is_file() and ("scores" in read_json(path) or not is_scored):
             return
         plan = self.plan(cell)
         latents = self._latents(cell, plan)

@@ -111,7 +111,7 @@ def step_evaluations(
             together = (sigmas[k + 1] / sigmas[0], *(float(alpha * weight) for weight in weights))
         evaluations.append(
             Evaluation(
-                time=float(schedule.model_time(times[k] * len(schedule.betas) - 1)),
+                time=float(schedule.model_time(schedule.step_at(times[k]))),
                 alpha=alphas[k],
                 sigma=sigmas[k],
                 alone=(ratio, alpha - ratio * alphas[k]),
