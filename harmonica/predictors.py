@@ -80,7 +80,9 @@ class Extrapolation:
         # Lagrange's form: exact for polynomials of degree len(computed) - 1.
         u, places = self.coordinate[s], [self.coordinate[c] for c in computed]
         return tuple(
-            math.prod((u - other) / (place - other) for other in places if other != place)
+            math.prod(
+                ((u - other) / (place - other) for other in places if other != place), start=1.0
+            )
             for place in places
         )
 

@@ -15,9 +15,11 @@ from harmonica.predictors import (
     Learned,
     TaylorSeer,
     combine,
+    coordinate_of,
     from_dict,
     to_dict,
 )
+from harmonica.samplers import create_sampler
 from harmonica.schedule import Schedule
 
 STEPS = tuple(map(float, range(8)))
@@ -42,8 +44,10 @@ def test_extrapolation_is_exact_for_polynomials_of_its_order(order, computed):
 
 
 def test_with_one_value_every_predictor_returns_it():
+    value = torch.randn(2, 3)
     for predictor in (LAST, Extrapolation(1, STEPS), Extrapolation(2, STEPS), TaylorSeer(2)):
         assert predictor.weights(3, 0, (1,)) == (1.0,)
+        assert combine(predictor.weights(3, 0, (1,)), (value,)) is value  # no copy
     learned = Learned.start(Extrapolation(1, STEPS), 8, 1, 1)
     assert [w.item() for w in learned.weights(3, 0, (1,))] == [1.0]
 
@@ -58,6 +62,15 @@ def test_taylorseer_of_order_two_is_the_series_of_backward_differences():
     # v = c**2 at steps 6, 4, 2: first differences 10 and 6, second (10 - 6) / 2 = 2.
     found = forecast(TaylorSeer(2), 7, (6, 4, 2), lambda c: c**2)
     assert found == pytest.approx(36 + 10 * 1 + 2 * 1 / 2)
+
+
+def test_coordinates_are_steps_times_and_log_snr():
+    sampler = create_sampler("ddim", 4)
+    assert coordinate_of("step", sampler) == (0, 1, 2, 3)
+    assert coordinate_of("time", sampler) == tuple(sampler.timesteps)
+    for u, t in zip(coordinate_of("log-snr", sampler), sampler.timesteps, strict=True):
+        signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[int(t)]
+        assert u == pytest.approx(np.log(signal / (1 - signal)))
 
 
 @pytest.mark.parametrize("base", [LAST, Extrapolation(1, STEPS)])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Golden, relative
+from torch.autograd.graph import saved_tensors_hooks
 
 from harmonica.baselines.fixed import evenly_spaced, random_schedule
 from harmonica.budget import Budget
@@ -89,12 +90,16 @@ def test_a_rollout_is_the_replay_and_its_gradients_are_those_of_weights(golden: 
 
 def test_checkpoints_change_memory_and_nothing_else(golden: Golden):
     plan, batch, gradients = schedule(golden, linear(golden)), golden.trajectories(), []
+    kept = {}
     for checkpoints in (False, True):
-        weights = decisions(plan)
-        images = Rollout(plan.compute, plan.predictor, checkpoints)(batch, weights)
+        weights, numbers = decisions(plan), []
+        with saved_tensors_hooks(lambda t, n=numbers: n.append(t.numel()) or t, lambda t: t):
+            images = Rollout(plan.compute, plan.predictor, checkpoints)(batch, weights)
+        kept[checkpoints] = sum(numbers)
         images.square().mean().backward()
         gradients.append(weights.grad)
     assert torch.equal(*gradients)
+    assert kept[True] < 0.2 * kept[False]
 
 
 def test_coefficients_have_the_gradient_of_finite_differences(golden: Golden):
@@ -148,13 +153,25 @@ def test_the_closed_form_is_nearer_along_the_trajectory(golden: Golden, base):
     start = LAST if base == "last" else linear(golden)
     plan, errors = schedule(golden), []
     for channels in (1, golden.model.config.hidden_size):
-        learned = fit_coefficients(golden.trajectories(), plan, start, channels)
+        learned = fit_coefficients([golden.trajectories()], plan, start, channels)
         assert learned.level.shape == (*plan.compute.shape, channels)
         computed = torch.from_numpy(plan.compute.copy())
         assert not learned.level[computed].any() and not learned.slope[computed].any()
         errors.append(residuals(golden, replace(plan, predictor=learned)))
     before = residuals(golden, replace(plan, predictor=start))
     assert errors[1] < errors[0] < before
+
+
+def test_the_closed_form_counts_all_its_samples(golden: Golden):
+    plan, batch = schedule(golden, linear(golden)), golden.trajectories()
+    other = replace(batch, x_T=batch.x_T.flip(-1))
+
+    def level(*batches):
+        return fit_coefficients(batches, plan, plan.predictor, 1).level
+
+    assert relative(level(batch, batch), level(batch)) < 1e-3
+    apart = relative(level(other), level(batch))
+    assert relative(level(other, batch), level(batch)) < 0.8 * apart
 
 
 CONFIG = {
@@ -199,6 +216,16 @@ def test_exported_scores_give_the_exported_schedule(tmp_path):
         file = load_router(running.run().path)
         cut = threshold_schedule(file.logits, file.schedule.costs, file.info.threshold)
         assert np.array_equal(cut.compute, file.schedule.compute)
+
+
+def test_a_worse_trial_changes_nothing(tmp_path, monkeypatch):
+    running = trainer(tmp_path)
+    learner = running.learner
+    best, scores, error = learner.best, learner.best_logits, learner.history[0][1]
+    monkeypatch.setattr(learner.values.held_out, "error", lambda schedule: 2 * error)
+    learner.sweep()
+    assert learner.schedule() == best and torch.equal(learner.logits(), scores)
+    assert [found for _, found in learner.history] == [error, error]
 
 
 def test_a_trial_that_is_not_finite_is_no_trial(tmp_path, monkeypatch):

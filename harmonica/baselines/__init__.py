@@ -78,8 +78,11 @@ def nearest_fora(backbone: Backbone, budget: Budget, seed: int) -> Plan:
 
 def fora_with_forecasts(backbone: Backbone, budget: Budget, seed: int) -> Plan:
     """FORA, with the line through the last two computed values in place of the last."""
-    plan = nearest_fora(backbone, budget, seed)
-    line = create_predictor("taylor1", "step", backbone.sampler)
+    return _with_lines(nearest_fora(backbone, budget, seed))
+
+
+def _with_lines(plan: Plan) -> Plan:
+    line = create_predictor("taylor1", "step", plan.backbone.sampler)
     return replace(plan, schedule=replace(plan.schedule, predictor=line))
 
 
@@ -96,6 +99,11 @@ def nearest_taylorseer(order: int) -> Callable[[Backbone, Budget, int], Plan]:
 def uniform(backbone: Backbone, budget: Budget, seed: int) -> Plan:
     """Whole reused steps, evenly spaced in time, exactly at the budget."""
     return Plan(backbone, evenly_spaced(_num_steps(backbone), backbone.costs, budget))
+
+
+def uniform_with_forecasts(backbone: Backbone, budget: Budget, seed: int) -> Plan:
+    """The same, with the line through the last two computed values in place of the last."""
+    return _with_lines(uniform(backbone, budget, seed))
 
 
 def random(backbone: Backbone, budget: Budget, seed: int) -> Plan:
@@ -136,6 +144,7 @@ METHODS: dict[str, Callable[[Backbone, Budget, int], Plan]] = {
     "delta-dit": delta_dit,
     "smoothcache": smoothcache,
     "uniform": uniform,
+    "uniform-taylor1": uniform_with_forecasts,
     "random": random,
     "faster-diffusion": faster_diffusion,
     "deepcache": deepcache,

@@ -15,6 +15,17 @@ from harmonica.options import option
 # Methods that learn, and what sets them apart from this project's own training.
 TRAINED: dict[str, dict] = {
     "harmonica": {},
+    # As published, but for beta, which is steered.
+    "harmonica-published": {
+        "lambda_form": "published",
+        "stores_fresh": False,
+        "compares_all": True,
+        "lr": 0.01,
+        "adam_eps": 1e-8,
+        "init_std": 1.0,
+        "lambda_c": 500,
+        "lambda_batch_size": 16,
+    },
     "sdt-ltc-loss": {"lambda_form": "constant"},
     "learning-to-cache": {"method": "learning-to-cache"},
 }
@@ -31,19 +42,15 @@ TRAINED_AT_LEVEL: dict[str, dict] = {
     **{f"trajectory{name}": _TRAJECTORY | value for name, value in _VALUES.items()},
     **{f"harmonica{name}": value for name, value in _VALUES.items()},
 }
-# These go on from there with exchanges.
-REFINED = {
-    f"{name}-refined": options
-    for name, options in TRAINED_AT_LEVEL.items()
-    if name.startswith("trajectory")
-}
+# These go on with exchanges where the others ended.
+REFINED = {f"{name}-refined": name for name in TRAINED_AT_LEVEL if name.startswith("trajectory")}
 # These learn what stands in for what FORA skips: in closed form, or on the final image.
 ON_FORA = {f"fora{name}": _TRAJECTORY | _VALUES[name] for name in ("-fitted", "-learned")}
 LEARNED = (*TRAINED, *TRAINED_AT_LEVEL, *REFINED, *ON_FORA)
 ALL_METHODS = (*LEARNED, *METHODS)
 DEFAULT_METHODS = (
     *("trajectory", "trajectory-taylor1", "trajectory-learned"),
-    *TRAINED,
+    *("harmonica", "sdt-ltc-loss", "learning-to-cache"),
     *METHODS,
 )
 
@@ -79,7 +86,7 @@ class CompareConfig(BackboneConfig):
     )
     train_updates: int = option(1000, "router updates of methods that learn", low=1)
     trajectory_updates: int = option(
-        60, "updates of methods that learn on the final image, at every level anew", low=1
+        40, "updates of methods that learn on the final image, at every level anew", low=1
     )
     exchanges: int = option(200, "trials of methods that exchange branches after learning", low=1)
     train_cur: float = option(

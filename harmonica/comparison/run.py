@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 import yaml
@@ -16,17 +15,14 @@ from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone, select_device
 from harmonica.baselines import METHODS, OF_LONG_SKIPS, Plan
 from harmonica.baselines.fixed import evenly_spaced
-from harmonica.budget import Budget
 from harmonica.comparison.config import (
     ALL_METHODS,
     LEARNED,
-    ON_FORA,
-    REFINED,
     TRAINED,
-    TRAINED_AT_LEVEL,
     Cell,
     CompareConfig,
 )
+from harmonica.comparison.routers import Routers
 from harmonica.comparison.table import markdown
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError, OutOfReach
@@ -37,21 +33,17 @@ from harmonica.labelled_images import LabelledImages
 from harmonica.metrics.extractor import Extractor, load_extractor
 from harmonica.metrics.instruments import bundled_size, check_size, suitable_extractor
 from harmonica.metrics.reference import Reference, open_reference
-from harmonica.metrics.scores import set_scores
+from harmonica.metrics.scores import set_scores, set_warnings
 from harmonica.options import plain
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
-from harmonica.router import SEMANTICS, RouterFile, budget_schedule, load_router
-from harmonica.sampling import eight_bit, sample, trajectories
-from harmonica.schedule import Schedule
+from harmonica.sampling import check_finite, eight_bit, sample, trajectories
 from harmonica.timing import timed
-from harmonica.training.config import TrainConfig
-from harmonica.training.run_directory import RunDirectory
-from harmonica.training.trainer import Trainer
 
 # A method whose settings come no nearer to a level than this has no entry there.
 TOLERANCE = 0.15
 TIMED_BATCH = 16
+UNCACHED_SETS = 3  # of images whose scores show how much chance is in them
 REPORT = "comparison.json"
 
 
@@ -65,6 +57,7 @@ class Comparison:
         self.decode = load_decoder(config, self.device)
         self.draws = Draws(config.image_seed, "sample")
         self.uncached = Plan(self.backbone)
+        self.routers = Routers(config, self.backbone)
 
     def run(self) -> str:
         """Measure what is missing, then write the table and the plot.
@@ -85,14 +78,14 @@ class Comparison:
             except OutOfReach as error:
                 left_out.append(f"{cell.method} at {cell.level}: {error}")
         results = self._finished()
-        table = markdown(results)
+        table = f"{markdown(results)}\n\n{self._footer()}"
         record = {"config": plain(self.config), **provenance, "results": results}
         record["left_out"] = left_out
         write_atomically(self.config.out / REPORT, json.dumps(record, indent=1).encode())
         write_atomically(self.config.out / "table.md", f"{table}\n".encode())
         picture = self.config.out / "pareto.png"
         pareto_plot(picture, results)
-        lines = [table, "", self._footer(), *(f"left out: {line}" for line in left_out)]
+        lines = [table, *(f"left out: {line}" for line in left_out), *_warnings(results)]
         return "\n".join([*lines, f"picture: {picture}"])
 
     def cells(self) -> Iterator[Cell]:
@@ -148,10 +141,11 @@ class Comparison:
             f"weights {self.backbone.weights_hash}, {config.sampler} T = "
             f"{config.num_sampling_steps}, guidance {config.cfg_scale:g}, {config.num_paired} "
             f"seeds from {config.image_seed} for errors, {config.num_images} images for "
-            f"distances; exact: DDIM with {config.exact_steps} steps; time of a batch of "
-            f"{TIMED_BATCH} against the uncached one in the same run, {torch.get_num_threads()} "
-            f"threads on {self.device.type}; training: evaluations of the model on one sample, and "
-            f"seconds, once for all levels for {', '.join(TRAINED)}"
+            f"distances, of which the uncached run makes {UNCACHED_SETS} sets; exact: DDIM with "
+            f"{config.exact_steps} steps; time of a batch of {TIMED_BATCH} against the uncached "
+            f"one in the same run, {torch.get_num_threads()} threads on {self.device.type}; "
+            "training: evaluations of the model on one sample, and seconds, once for all levels "
+            f"for {', '.join(TRAINED)}"
         )
 
     # Plans.
@@ -166,68 +160,13 @@ class Comparison:
             return self.uncached
         if cell.method in METHODS:
             plan = METHODS[cell.method](self.backbone, cell.level, cell.seed)
-        elif cell.method in TRAINED:
-            plan = Plan(self.backbone, *self._cut(cell))
         else:
-            plan = Plan(self.backbone, self._router(cell).schedule)
+            plan = self.routers.plan(cell)
         speedup = plan.speedup_over(self.uncached)
         exact = evenly_spaced(self.config.num_sampling_steps, self.backbone.costs, cell.level)
         if abs(speedup / exact.theoretical_speedup - 1) > TOLERANCE:
             raise OutOfReach(f"the nearest setting, {plan.setting}, gives {speedup:.2f}x")
         return plan
-
-    def _cut(self, cell: Cell) -> tuple[Schedule, str]:
-        """The scores of a router that learned once, cut at the cell's level."""
-        logits, costs = self._router(cell).logits, self.backbone.costs
-        rows = SEMANTICS["ltc" if cell.method == "learning-to-cache" else "harmonica"](len(logits))
-        try:
-            return budget_schedule(logits, costs, cell.level, rows), ""
-        except OutOfReach:
-            most = Budget(cur=len(rows) / len(logits))
-            return budget_schedule(logits, costs, most, rows), "all that it can reuse"
-
-    def _router(self, cell: Cell) -> RouterFile:
-        router = load_router(self._run(cell).path)
-        router.check(self.backbone.model, self.backbone.router_info())
-        return router
-
-    def _run(self, cell: Cell) -> RunDirectory:
-        """The finished run of a method that learns, in this folder; or a new one."""
-        name = f"{cell.method}_seed{cell.seed}" if cell.method in TRAINED else cell.key
-        folder = self.config.out / "routers" / name
-        finished = sorted(folder.glob("*/router.safetensors"))
-        if finished:
-            return RunDirectory(finished[0].parent)
-        options = self._options(cell)
-        if cell.method in ON_FORA:
-            options["freeze_schedule"] = folder.parent / f"{folder.name}.json"
-            self.plan(replace(cell, method="fora")).schedule.save(options["freeze_schedule"])
-        # Not every objective has compiled blocks, and what training took is compared.
-        shared = replace(self.config, compile=False)
-        options.update(global_seed=cell.seed, results_dir=folder)
-        return Trainer(shared.of(TrainConfig, **options)).run()
-
-    def _options(self, cell: Cell) -> dict[str, Any]:
-        """How a method learns, the schedule of FORA left out."""
-        config, method = self.config, cell.method
-        if method in TRAINED:
-            is_alternate = method == "learning-to-cache"
-            return {
-                **TRAINED[method],
-                "data": config.data if is_alternate else None,
-                "max_steps": config.train_updates,
-                "target_cur": config.train_cur / 2 if is_alternate else config.train_cur,
-            }
-        at_level = {"target_cur": cell.level.cur, "target_speedup": cell.level.speedup}
-        if method in ON_FORA:
-            options = ON_FORA[method]
-        elif method in REFINED:
-            options = {**REFINED[method], **at_level, "refine": config.exchanges}
-        else:
-            options = {**TRAINED_AT_LEVEL[method], **at_level}
-        on_image = options.get("objective") == "trajectory"
-        updates = config.trajectory_updates if on_image else config.train_updates
-        return {**options, "max_steps": updates}
 
     # Measurements.
 
@@ -244,29 +183,42 @@ class Comparison:
         return sorted((read_json(path) for path in cells), key=place)
 
     def _measure(self, cell: Cell) -> None:
-        """Measure what is not in the file of a cell yet.
+        """Measure what is not in the file of a cell yet: images, then time.
 
         Raises:
             OutOfReach: see ``plan``.
         """
         path = self.config.out / "cells" / f"{cell.key}.json"
-        is_scored = not cell.has_seeds or cell.seed == self.config.seeds[0]
-        if path.is_file() and ("scores" in read_json(path) or not is_scored):
-            return
-        plan = self.plan(cell)
+        known = read_json(path) if path.is_file() else {}
+        wanted = {"scores": self._of_images}
+        # Another seed of a method takes about the same time.
+        if not cell.has_seeds or cell.seed == self.config.seeds[0]:
+            wanted["measured_speedup"] = self._of_time
+        lacking = [measure for name, measure in wanted.items() if name not in known]
+        plan = self.plan(cell) if lacking else None
+        for measure in lacking:
+            known |= measure(cell, plan)
+            write_atomically(path, json.dumps(known, indent=1).encode())
+
+    def _of_images(self, cell: Cell, plan: Plan) -> dict:
         latents = self._latents(cell, plan)
         result = {
             "method": cell.method,
             "level": None if cell.level is None else str(cell.level),
             "seed": cell.seed,
-            **self._errors(plan, latents),
+            **self._errors(plan, latents, cell.key),
+            **self._scores(plan, cell.key, latents),
         }
+        if cell.level is None:
+            count = self.config.num_images
+            others = [
+                self._scores(plan, f"uncached, set {k + 1}", start=k * count)
+                for k in range(1, UNCACHED_SETS)
+            ]
+            result["scores_of_other_images"] = [other["scores"] for other in others]
         if cell.method in LEARNED:
-            result["training"] = asdict(self._run(cell).effort())
-        if is_scored:
-            result["measured_speedup"] = self._measured_speedup(plan)
-            result["scores"] = self._scores(plan, latents, cell.key)
-        write_atomically(path, json.dumps(result, indent=1).encode())
+            result["training"] = asdict(self.routers.run(cell).effort())
+        return result
 
     def _latents(self, cell: Cell, plan: Plan) -> Tensor:
         """Latents of the paired seeds."""
@@ -274,9 +226,9 @@ class Comparison:
             return self.uncached_latents
         return self._sample(plan, 0, self.config.num_paired, cell.key)
 
-    def _errors(self, plan: Plan, latents: Tensor) -> dict:
+    def _errors(self, plan: Plan, latents: Tensor, name: str) -> dict:
         """What was done, and how far the paired images are from the uncached and exact ones."""
-        images = self.decode(latents)
+        images = self._images(latents, 0, name)
         against = {"against_uncached": (self.uncached_latents, self.uncached_images)}
         if self.config.exact_steps:
             against["against_exact"] = (self.exact_latents, self.exact_images)
@@ -290,6 +242,16 @@ class Comparison:
                 for name, (reference, others) in against.items()
             },
         }
+
+    def _images(self, latents: Tensor, start: int, name: str) -> Tensor:
+        """Images (n, 3, H, W) in [0, 1] of samples from index ``start`` on.
+
+        Raises:
+            HarmonicaError: one is not finite.
+        """
+        images = self.decode(latents)
+        check_finite(latents, images, range(start, start + len(latents)), name)
+        return images
 
     def _sample(self, plan: Plan, start: int, stop: int, name: str) -> Tensor:
         indices, size = range(start, stop), self.config.batch_size
@@ -322,7 +284,7 @@ class Comparison:
         return latents
 
     @torch.inference_mode()
-    def _measured_speedup(self, plan: Plan) -> dict:
+    def _of_time(self, cell: Cell, plan: Plan) -> dict:
         """Seconds of a batch without and with, in turn, and their ratio."""
         indices = range(TIMED_BATCH)
         runs = {
@@ -334,21 +296,32 @@ class Comparison:
         }
         times = timed(runs, self.config.repeats, self.device)
         ratio = times["uncached"].median / times["plan"].median
-        return {"ratio": ratio, **{name: vars(timing) for name, timing in times.items()}}
+        seconds = {name: vars(timing) for name, timing in times.items()}
+        return {"measured_speedup": {"ratio": ratio, **seconds}}
 
-    def _scores(self, plan: Plan, paired: Tensor, name: str) -> dict[str, float]:
-        """Scores of ``num_images`` images, of which the paired ones are the first."""
+    def _scores(
+        self, plan: Plan, name: str, known: Tensor | None = None, start: int = 0
+    ) -> dict[str, dict[str, float] | list[str]]:
+        """Scores of ``num_images`` images from index ``start`` on, and what to know about them.
+
+        Args:
+            known: latents of the first of them.
+        """
         count, batch = self.config.num_images, self.config.batch_size
         if self.reference is None:
-            return {}
-        rest = self._sample(plan, len(paired), count, name) if count > len(paired) else paired[:0]
+            return {"scores": {}, "warnings": []}
+        stop, done = start + count, start if known is None else start + len(known)
+        latents = [] if known is None else [known[:count]]
+        if done < stop:
+            latents.append(self._sample(plan, done, stop, name))
         parts = [
-            self.extractor(eight_bit(self.decode(latents)))
-            for latents in torch.cat([paired[:count], rest]).split(batch)
+            self.extractor(eight_bit(self._images(part, start + k * batch, name)))
+            for k, part in enumerate(torch.cat(latents).split(batch))
         ]
         rows = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
-        found = set_scores(rows, self.config.metrics, self.extractor, self.completed_reference)
-        return {score.name: score.value for score in found}
+        how = rows, self.config.metrics, self.extractor, self.completed_reference
+        scores = {score.name: score.value for score in set_scores(*how)}
+        return {"scores": scores, "warnings": set_warnings(*how)}
 
     @property
     def _is_bundled(self) -> bool:
@@ -387,3 +360,15 @@ class Comparison:
         extractor = load_extractor(name, self.device)
         self.reference.check(extractor)
         return extractor
+
+
+def _warnings(results: list[dict]) -> list[str]:
+    """What is to be known about scores, with the first cell that it is about."""
+    first: dict[str, dict] = {}
+    for result in results:
+        for warning in result.get("warnings", ()):
+            first.setdefault(warning, result)
+    return [
+        f"warning: {warning} (first of {result['method']} {result['level'] or ''}".rstrip() + ")"
+        for warning, result in first.items()
+    ]

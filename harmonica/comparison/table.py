@@ -1,6 +1,7 @@
 """The table of a comparison."""
 
 import statistics
+from collections.abc import Callable
 
 from harmonica.image_error import readable
 
@@ -8,36 +9,38 @@ from harmonica.image_error import readable
 def markdown(results: list[dict]) -> str:
     """The table: a line for every method at every level.
 
-    Errors, and what training took, are means over its seeds; time and scores are of the first.
+    Numbers are means over its seeds, with their range; time is of the first seed. The range of the
+    uncached run's scores is over sets of other images.
     """
     names = sorted({name for result in results for name in result.get("scores", ())})
     head = [
-        "method", "setting", "CUR", "MACs", "time", "MSE to uncached", "median", "PSNR",
+        "cost", "method", "setting", "CUR", "MACs", "time", "MSE to uncached", "median", "PSNR",
         "MSE to exact", *names, "training",
     ]  # fmt: skip
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     groups: dict[tuple[str | None, str], list[dict]] = {}
     for result in results:
         groups.setdefault((result["level"], result["method"]), []).append(result)
-    for (_, method), found in groups.items():
-        lines.append(" | ".join(_cells_of_line(method, found, names)))
+    for (level, method), found in groups.items():
+        cost = "" if level is None else level.removeprefix("--target-")
+        lines.append(" | ".join([cost, *_cells_of_line(method, found, names)]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def _cells_of_line(method: str, found: list[dict], names: list[str]) -> list[str]:
-    first = next(result for result in found if "scores" in result)
-    timing, scores = first["measured_speedup"], first["scores"]
+    timings = [r["measured_speedup"]["ratio"] for r in found if "measured_speedup" in r]
+    setting, cur = found[0]["setting"], found[0]["cur"]
     return [
         method,
-        "" if len(found) > 1 else first["setting"],
-        "" if first["cur"] is None else f"{statistics.fmean(r['cur'] for r in found):.1%}",
+        "" if len(found) > 1 else setting,
+        "" if cur is None else f"{statistics.fmean(r['cur'] for r in found):.1%}",
         f"{statistics.fmean(r['theoretical_speedup'] for r in found):.2f}x",
-        f"{timing['ratio']:.2f}x",
+        f"{timings[0]:.2f}x" if timings else "",
         _spread([r["against_uncached"]["mse_mean"] for r in found]),
         readable(statistics.fmean(r["against_uncached"]["mse_median"] for r in found)),
         f"{statistics.fmean(r['against_uncached']['psnr_mean'] for r in found):.1f} dB",
         _spread([r["against_exact"]["mse_mean"] for r in found if "against_exact" in r]),
-        *(f"{scores[name]:.2f}" if name in scores else "" for name in names),
+        *(_spread(_scores(found, name), "{:.2f}".format) for name in names),
         _effort([r["training"] for r in found if "training" in r]),
     ]
 
@@ -52,11 +55,15 @@ def _effort(found: list[dict]) -> str:
     return f"{evaluations / 1000:.1f}k, {seconds:.0f} s"
 
 
-def _spread(values: list[float]) -> str:
-    """Mean over seeds, and their range in brackets."""
+def _scores(found: list[dict], name: str) -> list[float]:
+    """Of all sets of images that a line is about."""
+    sets = [s for r in found for s in [r["scores"], *r.get("scores_of_other_images", ())]]
+    return [scores[name] for scores in sets if name in scores]
+
+
+def _spread(values: list[float], shown: Callable[[float], str] = readable) -> str:
+    """Mean, and the range of several values in brackets."""
     if not values:
         return ""
-    mean = readable(statistics.fmean(values))
-    return (
-        mean if len(values) == 1 else f"{mean} ({readable(min(values))} to {readable(max(values))})"
-    )
+    mean = shown(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ({shown(min(values))} to {shown(max(values))})"

@@ -114,16 +114,7 @@ def warnings_about(
     found = []
     if instruments.metrics:
         found += _size_warnings(subject, instruments, reference)
-        found += _count_warnings(rows, instruments, reference)
-        features = {
-            "samples": rows[COLUMNS[instruments.metrics[0]]],
-            "reference images": None if reference is None else reference.features,
-        }
-        found += [
-            f"all {what} look the same to the extractor; check them"
-            for what, table in features.items()
-            if table is not None and all_the_same(table)
-        ]
+        found += set_warnings(rows, instruments.metrics, instruments.extractor, reference)
     if instruments.clip is not None and instruments.clip.truncated:
         found.append(f"{instruments.clip.truncated} prompts are longer than CLIP reads, and cut")
     return found
@@ -142,12 +133,15 @@ def _size_warnings(
     ]
 
 
-def _count_warnings(rows: Rows, instruments: Instruments, reference: Reference | None) -> list[str]:
+def set_warnings(
+    rows: Rows, metrics: tuple[str, ...], extractor: Extractor, reference: Reference | None
+) -> list[str]:
+    """The same of a set of images alone: see ``set_scores``."""
     found = []
     for metric in ("fid", "sfid"):
-        if metric not in instruments.metrics:
+        if metric not in metrics:
             continue
-        name, column = _name(metric, instruments.extractor), COLUMNS[metric]
+        name, column = _name(metric, extractor), COLUMNS[metric]
         count, size = rows[column].shape
         for what, images in (
             ("samples", count),
@@ -158,12 +152,21 @@ def _count_warnings(rows: Rows, instruments: Instruments, reference: Reference |
                     f"{name} from {images} {what} for {size} features is far too large: their "
                     "covariance is singular; use more"
                 )
-    if "is" in instruments.metrics:
-        count, name = len(rows["logits"]), _name("is", instruments.extractor)
+    if "is" in metrics:
+        count, name = len(rows["logits"]), _name("is", extractor)
         size = count // number_of_splits(count)
         if count % SPLIT:
             found.append(
                 f"{name} depends on the size of its splits, which is {size} images here and "
                 f"{SPLIT} by definition"
             )
+    features = {
+        "samples": rows[COLUMNS[metrics[0]]],
+        "reference images": None if reference is None else reference.features,
+    }
+    found += [
+        f"all {what} look the same to the extractor; check them"
+        for what, table in features.items()
+        if table is not None and all_the_same(table)
+    ]
     return found

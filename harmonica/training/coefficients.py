@@ -1,19 +1,19 @@
 """Learned coefficients of a predictor: as parameters, and in closed form.
 
 :class:`Coefficients` learns by gradient, on whatever objective the router has. ``fit_coefficients``
-takes one calibration batch: along the cached trajectory, what each skipped branch would have
-computed is regressed on what stands in for it.
+takes calibration samples: along the cached trajectory, what each skipped branch would have computed
+is regressed on what stands in for it.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from harmonica.cache import Cache, Replay
 from harmonica.denoise import Trajectories
-from harmonica.predictors import Extrapolation, LastValue, Learned
+from harmonica.predictors import Extrapolation, LastValue, Learned, combine
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 
@@ -22,6 +22,8 @@ from harmonica.schedule import Schedule
 RIDGE = 1e-3
 
 Reduce = Callable[[Tensor], Tensor]
+# By step and branch: (channels, k, k) normal equations and their (channels, k, 1) right-hand side.
+Sums = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
 class Coefficients(nn.Module):
@@ -62,30 +64,31 @@ class Coefficients(nn.Module):
 class _Regressed:
     """A skipped branch that also computes, fits its coefficients, and returns the fitted value."""
 
-    def __init__(self, cache: Cache, i: int, s: int, learned: Learned, reduce: Reduce):
+    def __init__(self, cache: Cache, i: int, s: int, learned: Learned, reduce: Reduce, sums: Sums):
         self.cache, self.i, self.s, self.learned = cache, i, s, learned
-        self.reduce = reduce
+        self.reduce, self.sums = reduce, sums
 
     def __call__(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         target = fn(x)
-        fit_branch(self.learned, self.cache, self.i, self.s, target, self.reduce)
+        fit_branch(self.learned, self.cache, self.i, self.s, target, self.reduce, self.sums)
         return self.cache.predict(self.i, self.s).to(target.dtype)
 
 
 def fit_branch(
-    learned: Learned, cache: Cache, i: int, s: int, target: Tensor, reduce: Reduce
+    learned: Learned, cache: Cache, i: int, s: int, target: Tensor, reduce: Reduce, sums: Sums
 ) -> None:
     """Write the coefficients at (s, i) that bring the prediction nearest to ``target`` (B, L, d).
 
     Least squares per channel, or over all channels where coefficients are scalars; a ridge keeps
-    them at the base where the data says nothing.
+    them at the base where the data says nothing. What earlier samples left in ``sums`` counts too.
     """
     channels = learned.level.shape[-1]
-    values = [value.float() for value in cache.entries(i)[1]]
+    steps, values = cache.entries(i)
+    values = [value.float() for value in values]
     columns = [values[0]]
     if len(values) > 1:
         columns.append(values[0] - values[1])
-    rest = target.float() - cache.predict(i, s).float()  # coefficients are still zero here
+    rest = target.float() - combine(learned.base.weights(s, i, steps), values)
 
     def summed(a: Tensor, b: Tensor) -> Tensor:
         products = (a * b).flatten(0, -2).double().sum(0)
@@ -100,6 +103,9 @@ def fit_branch(
         right[:, a] = summed(columns[a], rest)
     # Over all processes: what is fitted does not depend on how many share the samples.
     normal, right = reduce(torch.cat([normal, right[..., None]], dim=-1)).split([size, 1], dim=-1)
+    if (s, i) in sums:
+        normal, right = (a + b for a, b in zip(sums[s, i], (normal, right), strict=True))
+    sums[s, i] = normal, right
     power = normal.diagonal(dim1=1, dim2=2)
     solved = torch.linalg.solve(normal + torch.diag_embed(RIDGE * power + 1e-12), right)
     learned.level[s, i] = solved[:, 0, 0].to(learned.level)
@@ -109,32 +115,37 @@ def fit_branch(
 
 @torch.no_grad()
 def fit_coefficients(
-    batch: Trajectories,
+    batches: Sequence[Trajectories],
     schedule: Schedule,
     base: LastValue | Extrapolation,
     channels: int,
     reduce: Reduce = lambda sums: sums,
 ) -> Learned:
-    """Coefficients in closed form, from one walk along the cached trajectory.
+    """Coefficients in closed form, from walks along the cached trajectory.
 
-    Later steps are fitted on trajectories with the fitted values of earlier ones in them.
+    Later steps are fitted on trajectories with the fitted values of earlier ones in them, and each
+    batch goes on from what the ones before it gave.
 
     Args:
-        batch: calibration samples, from noise.
+        batches: calibration samples, from noise; a forward each.
         base: what the coefficients start from.
         channels: 1 for scalars, else the model's width.
         reduce: sums a tensor over processes.
     """
     steps, branches = schedule.compute.shape
-    learned = Learned.start(base, steps, branches, channels).to(batch.x_T.device)
-    cache = Cache(branches, learned)
+    learned = Learned.start(base, steps, branches, channels).to(batches[0].x_T.device)
+    sums: Sums = {}
+    for batch in batches:
+        cache = Cache(branches, learned)
 
-    def predict(s: int, x: Tensor) -> Tensor:
-        branches = [
-            Replay(cache, i, s, True) if computes else _Regressed(cache, i, s, learned, reduce)
-            for i, computes in enumerate(schedule.compute[s])
-        ]
-        return batch.predict(s, x, branches)
+        def predict(s: int, x: Tensor, batch=batch, cache=cache) -> Tensor:
+            hooks = [
+                Replay(cache, i, s, True)
+                if computes
+                else _Regressed(cache, i, s, learned, reduce, sums)
+                for i, computes in enumerate(schedule.compute[s])
+            ]
+            return batch.predict(s, x, hooks)
 
-    batch.walk(State(batch.x_T), predict)
+        batch.walk(State(batch.x_T), predict)
     return learned

@@ -22,8 +22,11 @@ LENGTH_AND_OUTPUT = (
 )  # fmt: skip
 # Also, if somebody asks for it: the remedies of a loss that is not finite.
 REMEDIES = ("lr", "coefficient_lr", "adam_eps", "mixed_precision")
-# Updates without --max-steps and --epochs, by objective: of one step, or of a whole trajectory.
-UPDATES = {"sdt": 1000, "trajectory": 60}
+# By objective, whose updates are of one step or of a whole trajectory: their number without
+# --max-steps and --epochs, and model rows of each without --global-batch-size.
+UPDATES = {"sdt": 1000, "trajectory": 40}
+ROWS = {"sdt": 16, "trajectory": 8}
+HELD_OUT_ROWS = 64  # at least: errors of seeds have heavy tails
 # What step-wise training alone takes notice of.
 STEPWISE = (
     "mask", "stores_fresh", "compares_all", "init_mean", "init_std", "lambda_c",
@@ -31,8 +34,8 @@ STEPWISE = (
 )  # fmt: skip
 # What suits one objective and not the other.
 OF_OBJECTIVE = (
-    *STEPWISE, "refine", "held_out_batch_size", "held_out_every", "lr", "adam_eps", "max_steps",
-    "epochs",
+    *STEPWISE, "refine", "global_batch_size", "held_out_batch_size", "held_out_every", "lr",
+    "adam_eps", "max_steps", "epochs",
 )  # fmt: skip
 
 
@@ -66,11 +69,14 @@ class TrainConfig(BackboneConfig):
     )
     max_steps: int | None = option(
         None,
-        "router updates; without this and --epochs 1000, and 60 with --objective trajectory",
+        "router updates; without this and --epochs 1000, and 40 with --objective trajectory",
         low=1,
     )
-    global_batch_size: int = option(
-        16, "model rows per forward over all processes; guidance takes two rows a sample", low=1
+    global_batch_size: int | None = option(
+        None,
+        "model rows per forward over all processes, of which guidance takes two a sample; "
+        "default: 16, and 8 with --objective trajectory",
+        low=1,
     )
     global_seed: int = option(
         0, "seed of initial scores, noise and labels", low=0, high=2**32, aliases=("--seed",)
@@ -139,7 +145,8 @@ class TrainConfig(BackboneConfig):
     )
     held_out_batch_size: int | None = option(
         None,
-        "model rows that decide what is kept, over all processes; default: four times the batch",
+        "model rows that decide what is kept, over all processes; default: four times the batch, "
+        f"at least {HELD_OUT_ROWS}",
         low=1,
     )
     held_out_every: int = option(10, "updates between such decisions", low=1)
@@ -194,10 +201,14 @@ class TrainConfig(BackboneConfig):
             object.__setattr__(self, "target_cur", 0.5)
         if self.epochs is None and self.max_steps is None:
             object.__setattr__(self, "max_steps", UPDATES.get(self.objective))
+        if self.global_batch_size is None:
+            rows = ROWS.get(self.objective, ROWS["sdt"])
+            object.__setattr__(self, "global_batch_size", rows)
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
         if self.held_out_batch_size is None:
-            object.__setattr__(self, "held_out_batch_size", 4 * self.global_batch_size)
+            rows = max(4 * self.global_batch_size, HELD_OUT_ROWS)
+            object.__setattr__(self, "held_out_batch_size", rows)
         if self.compares_all is None:
             published = self.l1 is not None or self.method == "learning-to-cache"
             object.__setattr__(self, "compares_all", published)

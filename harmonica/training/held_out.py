@@ -15,18 +15,20 @@ from harmonica.training.batches import Batches
 from harmonica.training.config import TrainConfig
 
 
+def forwards(batches: Batches, name: str, config: TrainConfig, samples: int) -> list[Trajectories]:
+    """``--held-out-batch-size`` model rows that nothing is trained on, a forward each."""
+    rows, flag = config.held_out_batch_size, "--held-out-batch-size"
+    mine = batches.indices(0, batches.samples(rows, flag))
+    return [batches.of(name, mine[k : k + samples]) for k in range(0, len(mine), samples)]
+
+
 class HeldOut:
     """Image error of schedules on the same seeds, averaged over processes."""
 
     def __init__(self, config: TrainConfig, batches: Batches, samples: int):
         """``samples``: most of one forward of this process."""
         self.accelerator = batches.accelerator
-        rows, flag = config.held_out_batch_size, "--held-out-batch-size"
-        mine = batches.indices(0, batches.samples(rows, flag))
-        self.batches: list[Trajectories] = [
-            batches.of("held-out", mine[first : first + samples])
-            for first in range(0, len(mine), samples)
-        ]
+        self.batches = forwards(batches, "held-out", config, samples)
         with torch.no_grad():
             self.references = [Engine(None)(batch) for batch in self.batches]
 

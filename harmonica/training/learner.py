@@ -238,7 +238,7 @@ class StepwiseLearner:
             lambda_curve(folder / "lambda.png", self.refreshes)
 
     def finish(self) -> None:
-        self.finished = self.values.fitted(self.schedule())
+        self.finished = self.values.decided(self.schedule())
 
     def sweep(self, remaining: int | None = None) -> dict[str, float]:
         """One trajectory; before it, every ``lambda_c`` updates, a refresh of the weights."""

@@ -150,7 +150,7 @@ class TrajectoryLearner:
             self._try(self._schedule_of(self.average), self.average.clone())
         if self.config.refine:
             self._refine()
-        self.best = self.values.fitted(self.best)
+        self.best = self.values.decided(self.best)
         self.history.append((self.updates, self.values.held_out.error(self.best)))
 
     def _refine(self) -> None:

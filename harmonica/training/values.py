@@ -21,7 +21,7 @@ from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
 from harmonica.training.coefficients import Coefficients, fit_coefficients
 from harmonica.training.config import TrainConfig
-from harmonica.training.held_out import HeldOut
+from harmonica.training.held_out import HeldOut, forwards
 
 
 class Values:
@@ -75,22 +75,24 @@ class Values:
         """As it stands now."""
         return self.base if self._coefficients is None else self._coefficients.frozen()
 
-    def fitted(self, schedule: Schedule) -> Schedule:
-        """At the end: with coefficients in closed form, if asked for and better on held-out seeds.
+    def decided(self, schedule: Schedule) -> Schedule:
+        """At the end: with what held-out seeds prefer, if anything learned.
 
-        The fit takes one batch, and sums over processes.
+        Coefficients by gradient or in closed form, or what they start from. The fit takes as many
+        samples as decide here, others than they; its sums are over processes.
         """
-        config, accelerator = self.config, self.batches.accelerator
-        if config.predictor != "learned" or config.fit != "least-squares":
+        config = self.config
+        if config.predictor != "learned":
             return schedule
         base = self._better_base(schedule)
-        batch = self.batches("calibration", 0, self.samples)
-        learned = fit_coefficients(batch, schedule, base, self.channels, accelerator.reduce)
-        choices = [base, learned.to(torch.device("cpu"))]
-        return min(
-            (schedule, *(replace(schedule, predictor=choice) for choice in choices)),
-            key=self.held_out.error,
-        )
+        choices: list[Predictor] = [schedule.predictor, base]
+        if config.fit == "least-squares":
+            batches = forwards(self.batches, "calibration", config, self.samples)
+            reduce = self.batches.accelerator.reduce
+            learned = fit_coefficients(batches, schedule, base, self.channels, reduce)
+            choices.append(learned.to(torch.device("cpu")))
+        schedules = [replace(schedule, predictor=choice) for choice in choices]
+        return min(schedules, key=self.held_out.error)
 
     def _better_base(self, schedule: Schedule) -> LastValue | Extrapolation:
         sampler = self.batches.backbone.sampler
