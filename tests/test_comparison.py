@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ROOT, run_command
 from PIL import Image
 
@@ -16,6 +17,9 @@ from harmonica.comparison.table import markdown
 from harmonica.errors import HarmonicaError
 from harmonica.image_error import readable
 from harmonica.options import build_parser, resolve
+from harmonica.router import load_router
+from harmonica.training.learner import StepwiseLearner
+from harmonica.training.trajectory_learner import TrajectoryLearner
 
 TINY = {
     "num_sampling_steps": 4, "num_images": 6, "num_paired": 2, "exact_steps": 8, "seeds": (0, 1),
@@ -45,7 +49,7 @@ def test_every_method_in_one_comparison(tmp_path, labelled_images):
             assert 1.5 * 0.85 < result["theoretical_speedup"] < 1.5 * 1.15
             assert result["against_exact"]["mse_mean"] > 0
     first = [result for result in results if result["seed"] == 0]
-    assert all(result["scores"]["FID-cifar"] > 0 for result in first)
+    assert all(result["scores"]["FID-cifar"] > 0 for result in results)
     assert all(result["measured_speedup"]["ratio"] > 0 for result in first)
     table = (out / "table.md").read_text()
     assert table in done.stdout and all(f"| {method} |" in table for method in seen)
@@ -104,7 +108,7 @@ def test_cells_of_seeds_differ_and_share_the_reference(finished):
     assert errors["uncached", 0] == [0, 0]
     assert errors["random", 0] != errors["random", 1]
     assert errors["harmonica", 0] != errors["harmonica", 1]
-    # Only the first seed is timed and scored.
+    # Only the first seed is timed.
     timed = [(r["method"], r["seed"]) for r in report["results"] if "measured_speedup" in r]
     assert sorted(timed) == [("harmonica", 0), ("random", 0), ("uncached", 0)]
 
@@ -112,7 +116,7 @@ def test_cells_of_seeds_differ_and_share_the_reference(finished):
 def test_a_line_of_the_table_is_the_mean_over_seeds(finished):
     results = json.loads((finished.out / "comparison.json").read_text())["results"]
     means = [r["against_uncached"]["mse_mean"] for r in results if r["method"] == "random"]
-    line = next(x for x in markdown(results).splitlines() if x.startswith("| random"))
+    line = next(x for x in markdown(results).splitlines() if "| random" in x)
     numbers = re.search(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", line).groups()
     expected = [sum(means) / 2, min(means), max(means)]
     assert [float(number) for number in numbers] == pytest.approx(expected, rel=0.005)
@@ -156,6 +160,68 @@ def test_another_first_seed_is_timed_and_scored_too(finished):
     Comparison(replace(finished, seeds=(1,))).run()
     report = json.loads((finished.out / "comparison.json").read_text())
     assert all("measured_speedup" in r for r in report["results"])
+
+
+def test_time_can_be_measured_again_alone(finished, monkeypatch):
+    path = finished.out / "cells" / "random_speedup1.5_seed0.json"
+    cell = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in cell.items() if k != "measured_speedup"}))
+    monkeypatch.setattr(Comparison, "_of_images", None)
+    Comparison(finished).run()
+    again = json.loads(path.read_text())
+    assert again.pop("measured_speedup")["ratio"] > 0
+    assert again.items() <= cell.items()
+
+
+def test_a_router_that_was_cut_short_goes_on(finished, monkeypatch):
+    folder = next((finished.out / "routers").glob("harmonica_seed0/*"))
+    expected = load_router(folder / "router.safetensors").logits
+    (folder / "router.safetensors").unlink()
+    (finished.out / "cells" / "harmonica_speedup1.5_seed0.json").unlink()
+    monkeypatch.setattr(StepwiseLearner, "sweep", None)  # its last checkpoint is at the end
+    Comparison(finished).run()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert torch.equal(load_router(folder / "router.safetensors").logits, expected)
+
+
+def test_exchanges_go_on_where_training_ended(tmp_path, monkeypatch):
+    config = CompareConfig(
+        **{**TINY, "num_images": 0, "seeds": (0,)}, methods=("trajectory",), exchanges=2,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    Comparison(config).run()
+    monkeypatch.setattr(TrajectoryLearner, "sweep", None)
+    Comparison(replace(config, methods=("trajectory-refined",))).run()
+    cells = {
+        name: json.loads((config.out / "cells" / f"{name}_speedup1.5_seed0.json").read_text())
+        for name in ("trajectory", "trajectory-refined")
+    }
+    effort = {name: cell["training"]["evaluations"] for name, cell in cells.items()}
+    assert effort["trajectory-refined"] > effort["trajectory"] > 0
+
+
+def test_scores_of_every_seed_with_what_to_know_about_them(tmp_path):
+    config = CompareConfig(
+        **{**TINY, "num_images": 3}, methods=("random",), out=tmp_path / "out",
+    )  # fmt: skip
+    said = Comparison(config).run()
+    assert "FID-cifar from 3 samples for 128 features is far too large" in said
+    results = json.loads((config.out / "comparison.json").read_text())["results"]
+    uncached, *random = results
+    sets = [uncached["scores"], *uncached["scores_of_other_images"]]
+    assert len({scores["FID-cifar"] for scores in sets}) == 3
+    assert len({result["scores"]["FID-cifar"] for result in random}) == 2
+    numbers = [scores["FID-cifar"] for scores in sets]
+    shown = f"{sum(numbers) / 3:.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
+    assert shown in markdown(results).splitlines()[2]
+
+
+def test_images_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    broken = torch.full((2, 3, 32, 32), torch.nan)
+    monkeypatch.setattr(Comparison, "_sample", lambda *_: broken)
+    config = CompareConfig(**{**TINY, "num_images": 0}, methods=(), out=tmp_path / "out")
+    with pytest.raises(HarmonicaError, match=r"sampled image 0 .* is not finite"):
+        Comparison(config).run()
 
 
 def test_other_weights_need_another_folder(finished, monkeypatch):
