@@ -1,9 +1,11 @@
 """Every family through the real loading paths, from tiny local files in the layout of the Hub."""
 
+import hashlib
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from families import randomised, tiny, tiny_specs
 from PIL import Image
 from safetensors.torch import save_file
 
+from harmonica import hub
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import random_schedule
@@ -22,19 +25,21 @@ from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance
 from harmonica.errors import HarmonicaError
 from harmonica.flops import measure_costs
+from harmonica.hub import fetch_part, part_folder
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.subject import open_subject
-from harmonica.prompts import encode_prompts, save_prompts
+from harmonica.prompts import save_prompts
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
-from harmonica.report import sample_and_report
+from harmonica.report import choose_labels, sample_and_report
 from harmonica.router import load_router
 from harmonica.sample_config import SampleConfig
 from harmonica.samplers import create_sampler
 from harmonica.sampling import sample
+from harmonica.text_encoder import encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
-from models import MODELS, SDXL, STABLE_DIFFUSION, create_model
+from models import MODELS, SDXL, STABLE_DIFFUSION, T5, HubFolder, create_model
 
 CPU = torch.device("cpu")
 PROMPTS = "a cat\nЖёлтый кот, très élégants 🐈\nthe same cat, told at such length that it is cut\n"
@@ -65,6 +70,7 @@ def folder(tmp_path_factory, tiny_t5):
 @pytest.fixture
 def zoo(monkeypatch, folder, tiny_t5):
     """Flags that every tiny model is loaded with, by its name; the names are in the registry."""
+    monkeypatch.setattr("harmonica.downloads.CACHE", folder / "cache")
     for name, spec in tiny_specs().items():
         monkeypatch.setitem(MODELS, name, spec)
     vae = {"vae": str(folder / "pipeline")}
@@ -346,6 +352,126 @@ def test_defaults_are_those_of_the_family():
     assert resolved("PixArt-alpha-XL/2") == ("dpm-solver++", 20, 4.5, "ema")
     assert resolved("PixArt-Sigma-XL/2") == ("dpm-solver++", 20, 4.5, "sdxl")
     assert MODELS["DiT-XL/2"].guided_channels == 3
-    assert (
-        MODELS["U-ViT-H/2"].guided_channels is MODELS["PixArt-alpha-XL/2"].guided_channels is None
-    )
+    assert MODELS["U-ViT-H/2"].guided_channels is None
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_pixart_is_guided_as_its_samplers_do(zoo):
+    """Its IDDPM, which is that of DiT, guides three channels; its other samplers all four."""
+    for sampler, channels in (("iddpm", 3), ("dpm-solver++", None), ("sa-solver", None)):
+        config = BackboneConfig(model="tiny-PixArt", sampler=sampler, **zoo["tiny-PixArt"])
+        assert load_backbone(config, CPU).guidance == Guidance(4.5, channels)
+    everywhere = replace(config, sampler="iddpm", guide_all_channels=True)
+    assert load_backbone(everywhere, CPU).guidance == Guidance(4.5, None)
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_a_text_encoder_is_gone_before_the_model_is_there(zoo, monkeypatch):
+    order = []
+
+    def watch(name, original):
+        def watched(*arguments, **options):
+            order.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(f"harmonica.backbone.{name}", watched)
+
+    watch("load_conditions", load_conditions)
+    watch("create_model", create_model)
+    load_backbone(BackboneConfig(model="tiny-PixArt", **zoo["tiny-PixArt"]), CPU)
+    assert order == ["load_conditions", "create_model"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [({"num_images": 2}, None), ({"classes": (5, 3, 5)}, (5, 3, 5)), ({}, tuple(range(16)))],
+)
+def test_sampling_encodes_only_the_prompts_it_draws(flags, labels, zoo, tmp_path, monkeypatch):
+    """Of the project's list; and the images are those of the whole list encoded."""
+    captions = [f"cap {letter}" for letter in "abcdefghijklmnopqrst"]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    monkeypatch.setattr("harmonica.conditions.BUNDLED_PROMPTS", tmp_path / "captions.txt")
+    monkeypatch.setattr("harmonica.downloads.CACHE", tmp_path / "cache")
+    own = {key: value for key, value in zoo["tiny-PixArt"].items() if key != "prompts"}
+    config = SampleConfig(model="tiny-PixArt", repeats=1, **flags, **own)
+    wanted = choose_labels(config, 20)
+    if labels is None:
+        assert torch.equal(wanted, Draws(config.seed, "sample").labels(range(2), 20))
+    else:
+        assert tuple(wanted.tolist()) == labels
+    choose = partial(choose_labels, config)
+    few = load_backbone(config, CPU, wanted=choose).conditions
+    assert few.count == 20
+    assert set(few.encoded.texts) == {captions[label] for label in wanted.tolist()}
+    whole = load_backbone(config, CPU).conditions
+    assert len(whole.encoded.texts) == 20
+    a, b = few.of(wanted), whole.of(wanted)
+    assert torch.equal(a.mask, b.mask)
+    assert torch.allclose(a.embeddings.float(), b.embeddings.float(), atol=2e-3)
+    # What is encoded already is taken as it is.
+    assert len(load_backbone(config, CPU, wanted=choose).conditions.encoded.texts) == 20
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Of the Hub's client; empty, and without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def kept_by_the_hub(cache, part: HubFolder, name: str, content: bytes):
+    """A file as the Hub's client keeps it: named by its content, linked from a revision."""
+    root = cache / f"models--{part.repository.replace('/', '--')}"
+    blob = root / "blobs" / hashlib.sha256(content).hexdigest()
+    link = root / "snapshots" / "revision" / name
+    for path in (blob, link, root / "refs" / "main"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(content)
+    link.symlink_to(blob)
+    (root / "refs" / "main").write_text("revision")
+    return blob
+
+
+def test_parts_of_the_hub_stay_as_they_were_fetched(hub_cache, monkeypatch):
+    """Nothing asks whether there is a newer revision, and what has changed is noticed."""
+    part = HubFolder("someone/vae", "vae", ("vae/*",), size=1000, arguments="some")
+    blob = kept_by_the_hub(hub_cache, part, "vae/weights.safetensors", bytes(1000))
+    with monkeypatch.context() as alone:
+        alone.setattr("harmonica.hub.fetch_part", None)
+        folder = part_folder(part)
+    assert folder.name == "revision" and (folder / "vae" / "weights.safetensors").is_file()
+    blob.write_bytes(bytes(999) + b"x")
+    said = r"not what the Hub announced.*`download\.py some`"
+    for find in (part_folder, fetch_part):
+        with pytest.raises(HarmonicaError, match=said):
+            find(part)
+
+
+def test_parts_that_cannot_be_fetched_name_the_command(hub_cache, monkeypatch):
+    for name, known in (("ema", "DiT-XL/2"), ("mse", "U-ViT-H/2"), ("sdxl", "PixArt-Sigma-XL/2")):
+        with pytest.raises(HarmonicaError, match=rf"could not be fetched.*`download\.py {name}`"):
+            load_decoder(BackboneConfig(model=known, vae=name), CPU)
+    with pytest.raises(HarmonicaError, match=r"could not be fetched.*`download\.py t5`"):
+        encode_prompts(["a cat"], T5.repository, CPU)
+    # One that is there, but not whole.
+    kept_by_the_hub(hub_cache, T5, "tokenizer/tokenizer_config.json", b"{}")
+    monkeypatch.setattr(hub, "fetch_part", lambda part: hub_cache)
+    with pytest.raises(HarmonicaError, match=r"--text-encoder .*`download\.py t5`"):
+        encode_prompts(["a cat"], T5.repository, CPU)
+    with pytest.raises(HarmonicaError, match=r"--vae ema cannot be loaded.*`download\.py ema`"):
+        load_decoder(BackboneConfig(model="DiT-XL/2", vae="ema"), CPU)
+    with pytest.raises(HarmonicaError, match=r"--vae .*absent cannot be loaded.*pass ema, mse or"):
+        load_decoder(BackboneConfig(model="DiT-XL/2", vae=str(hub_cache / "absent")), CPU)
+
+
+def test_the_first_reason_is_told(monkeypatch):
+    """Not that of the second place where a text encoder is looked for."""
+
+    class Nowhere:
+        def from_pretrained(source, subfolder=None):
+            raise OSError("no network" if subfolder else "no config.json at the top")
+
+    monkeypatch.setattr("transformers.AutoTokenizer", Nowhere)
+    with pytest.raises(HarmonicaError, match=r"--text-encoder some/t5 .*\(no network\)"):
+        encode_prompts(["a cat"], "some/t5", CPU)
