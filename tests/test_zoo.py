@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, free_port
-from families import randomised, tiny, tiny_specs
+from families import RELATIVES, randomised, tiny, tiny_specs
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -34,12 +34,13 @@ from harmonica.replay_plan import plan_replay
 from harmonica.report import choose_labels, sample_and_report
 from harmonica.router import load_router
 from harmonica.sample_config import SampleConfig
-from harmonica.samplers import create_sampler
+from harmonica.samplers import SAMPLERS, create_sampler
 from harmonica.sampling import sample
 from harmonica.text_encoder import encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
 from models import MODELS, SDXL, STABLE_DIFFUSION, T5, HubFolder, create_model
+from models.pixart import PixArt
 
 CPU = torch.device("cpu")
 PROMPTS = "a cat\nЖёлтый кот, très élégants 🐈\nthe same cat, told at such length that it is cut\n"
@@ -59,6 +60,9 @@ def folder(tmp_path_factory, tiny_t5):
     randomised(pixart).save_pretrained(path / "pixart" / "transformer")
     torch.save({"state_dict": tiny("uvit").state_dict()}, path / "uvit.pth")
     save_file(tiny("dit").state_dict(), path / "dit.safetensors")
+    for name in ("tiny-PixArt-1024", "tiny-Sigma"):
+        weights = randomised(PixArt(RELATIVES[name][1])).state_dict()
+        torch.save({"state_dict": weights}, path / f"{name}.pth")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, sample_size=32,
@@ -74,33 +78,40 @@ def zoo(monkeypatch, folder, tiny_t5):
     for name, spec in tiny_specs().items():
         monkeypatch.setitem(MODELS, name, spec)
     vae = {"vae": str(folder / "pipeline")}
+    text = {"prompts": folder / "prompts.txt", "text_encoder": str(tiny_t5), **vae}
     return {
         "tiny-DiT": {"ckpt": folder / "dit.safetensors", **vae},
         "tiny-U-ViT": {"ckpt": folder / "uvit.pth", **vae},
-        "tiny-PixArt": {
-            "ckpt": folder / "pixart",
-            "prompts": folder / "prompts.txt",
-            "text_encoder": str(tiny_t5),
-            **vae,
-        },
+        "tiny-PixArt": {"ckpt": folder / "pixart", **text},
+        "tiny-PixArt-1024": {"ckpt": folder / "tiny-PixArt-1024.pth", **text},
+        "tiny-Sigma": {"ckpt": folder / "tiny-Sigma.pth", **text},
     }
 
 
-NAMES = ("tiny-DiT", "tiny-U-ViT", "tiny-PixArt")
+# Every model, and every sampler, once; a family's own sampler is not named.
+TRAINED = [
+    ("tiny-DiT", {}),
+    ("tiny-U-ViT", {}),
+    ("tiny-PixArt", {}),
+    ("tiny-PixArt-1024", {"sampler": "sa-solver"}),
+    ("tiny-Sigma", {"sampler": "dpm-solver++-zero"}),
+    ("tiny-DiT", {"sampler": "iddpm"}),
+    ("tiny-U-ViT", {"sampler": "dpm-solver-3"}),
+]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "chosen"), TRAINED)
 @pytest.mark.filterwarnings("ignore:.*were cut")
-def test_a_router_is_trained_and_replayed(name, zoo, tmp_path):
+def test_a_router_is_trained_and_replayed(name, chosen, zoo, tmp_path):
     training = TrainConfig(
         model=name, results_dir=tmp_path / "runs", max_steps=3, global_batch_size=4,
-        lambda_batch_size=4, target_cur=0.5, **zoo[name],
+        lambda_batch_size=4, target_cur=0.5, **chosen, **zoo[name],
     )  # fmt: skip
     training.check()
     run = Trainer(training).run().path
     sampling = SampleConfig(
         model=name, path=run, compare=True, repeats=1, num_images=2, out=tmp_path / "samples",
-        **zoo[name],
+        **chosen, **zoo[name],
     )  # fmt: skip
     sampling.check()
     printed = sample_and_report(sampling)
@@ -109,7 +120,34 @@ def test_a_router_is_trained_and_replayed(name, zoo, tmp_path):
     assert report["image_error"]["mse_mean"] > 0
     picture = np.asarray(Image.open(tmp_path / "samples" / "with_router" / "000001.png"))
     assert picture.shape == (64, 64, 3)
-    assert MODELS[name].sampler in (run / "config.yaml").read_text()
+    sampler = chosen.get("sampler", MODELS[name].sampler)
+    assert f"sampler: {sampler}\n" in (run / "config.yaml").read_text()
+
+
+def test_training_covers_every_sampler():
+    own = {spec.name: spec.sampler for spec in tiny_specs().values()}
+    assert {chosen.get("sampler", own[name]) for name, chosen in TRAINED} == set(SAMPLERS)
+
+
+REST = [
+    (name, sampler)
+    for name in ("tiny-DiT", "tiny-U-ViT", "tiny-PixArt")
+    for sampler in SAMPLERS
+    if (name, sampler) != ("tiny-U-ViT", "iddpm")  # no learned variance
+]
+
+
+@pytest.mark.parametrize(("name", "sampler"), REST)
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_every_family_is_sampled_with_every_sampler(name, sampler, zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica.report.comparison", lambda *_: None)  # drawn above
+    config = SampleConfig(
+        model=name, sampler=sampler, num_sampling_steps=3, method="uniform", target_cur=0.3,
+        compare=True, repeats=1, num_images=1, out=tmp_path, **zoo[name],
+    )  # fmt: skip
+    config.check()
+    sample_and_report(config)
+    assert json.loads((tmp_path / "report.json").read_text())["image_error"]["mse_mean"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
