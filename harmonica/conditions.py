@@ -15,7 +15,13 @@ from torch import Tensor
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import is_safetensors
-from harmonica.prompts import BUNDLED_PROMPTS, EncodedPrompts, load_prompts, read_prompts
+from harmonica.prompts import (
+    BUNDLED_PROMPTS,
+    EncodedPrompts,
+    load_prompts,
+    read_prompts,
+    warn_of_cut,
+)
 from harmonica.text_encoder import encode_once, kept_file
 from models import MODELS
 from models.prompts import Prompts
@@ -154,4 +160,5 @@ def load_conditions(
             f"channels, and --model {config.model} takes {expected[0]} of {expected[1]}; encode "
             "them for this model"
         )
+    warn_of_cut(encoded)
     return prompts

@@ -1,6 +1,7 @@
 """Prompts as a text-to-image model takes them: T5 embeddings with masks, and the files of them."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import (
     existing_file,
     parse_json,
@@ -38,6 +39,7 @@ class EncodedPrompts:
         null_tokens: (k, d) float16, of the empty prompt.
         null_mask: (L,) bool.
         encoder: the text encoder, by its name on the Hub or its folder.
+        num_cut: how many prompts were longer than L tokens.
     """
 
     texts: tuple[str, ...]
@@ -46,6 +48,7 @@ class EncodedPrompts:
     null_tokens: Tensor
     null_mask: Tensor
     encoder: str
+    num_cut: int = 0
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -62,6 +65,17 @@ class EncodedPrompts:
     def null_embedding(self) -> Tensor:
         """(L, d) float16, of the empty prompt, zero where masked out."""
         return _unpacked(self.null_tokens, self.null_mask)
+
+
+def warn_of_cut(prompts: EncodedPrompts) -> None:
+    """Say how many prompts are not whole, if any is not."""
+    if prompts.num_cut:
+        warnings.warn(
+            f"{prompts.num_cut} of {len(prompts.texts)} prompts are longer than "
+            f"{len(prompts.null_mask)} tokens and were cut",
+            HarmonicaWarning,
+            stacklevel=2,
+        )
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -89,7 +103,12 @@ def read_prompts(path: Path) -> list[str]:
 def save_prompts(path: Path, prompts: EncodedPrompts) -> None:
     """Write a safetensors file."""
     tensors = {name: getattr(prompts, name) for name in TENSORS}
-    metadata = {"format": FORMAT, "encoder": prompts.encoder, "texts": json.dumps(prompts.texts)}
+    metadata = {
+        "format": FORMAT,
+        "encoder": prompts.encoder,
+        "texts": json.dumps(prompts.texts),
+        "cut": str(prompts.num_cut),
+    }
     write_atomically(path, safetensors_bytes(tensors, metadata))
 
 
@@ -109,6 +128,7 @@ def load_prompts(path: Path) -> EncodedPrompts:
     return EncodedPrompts(
         texts=tuple(parse_json(metadata["texts"], "its texts")),
         encoder=metadata["encoder"],
+        num_cut=int(metadata.get("cut", 0)),
         **tensors,
     )
 
@@ -125,6 +145,8 @@ def _fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
         texts = None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return "its texts are not a list"
+    if metadata.get("cut", "0") not in map(str, range(len(texts) + 1)):
+        return "it has another number of prompts that were cut"
     mask, null_mask = tensors["mask"], tensors["null_mask"]
     if mask.dtype != torch.bool or null_mask.dtype != torch.bool:
         return "its masks are not boolean"

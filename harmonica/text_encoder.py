@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica import downloads
-from harmonica.errors import HarmonicaError, HarmonicaWarning
+from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
 from harmonica.hub import part_folder
 from harmonica.prompts import FORMAT, EncodedPrompts, load_prompts, save_prompts
@@ -106,7 +105,7 @@ def encode_prompts(
 
     Args:
         encoder: a T5, or a diffusers pipeline with one: a repository of the Hub, or a folder.
-        max_tokens: L; longer prompts are cut, with a warning.
+        max_tokens: L; longer prompts are cut.
         progress: label of a progress bar; None shows none.
         parts: folder in which finished batches are kept, and found again by the next call.
 
@@ -118,12 +117,6 @@ def encode_prompts(
         raise HarmonicaError("--prompts holds no prompt; write one per line")
     t5 = TextEncoder(encoder, max_tokens)
     _, num_cut = t5.tokenize(texts)
-    if num_cut:
-        warnings.warn(
-            f"{num_cut} of {len(texts)} prompts are longer than {max_tokens} tokens and were cut",
-            HarmonicaWarning,
-            stacklevel=2,
-        )
     null: tuple[Tensor, Tensor] | None = None
     batches = []
     for number, start in enumerate(
@@ -155,6 +148,7 @@ def encode_prompts(
         batches[0].null_tokens,
         batches[0].null_mask,
         encoder,
+        num_cut,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from harmonica.backbone import select_device
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.options import Options, option, parse
-from harmonica.prompts import BUNDLED_PROMPTS, read_prompts
+from harmonica.prompts import BUNDLED_PROMPTS, read_prompts, warn_of_cut
 from harmonica.text_encoder import encode_into, finished
 from models import MODELS
 
@@ -70,7 +70,7 @@ def main() -> None:
     config = parse(EncodeConfig, "Encode a text file of prompts with T5.")
     texts = read_prompts(config.prompts)
     if not check_output(config, texts):
-        encode_into(
+        encoded = encode_into(
             config.out,
             texts,
             config.text_encoder,
@@ -78,6 +78,7 @@ def main() -> None:
             config.max_tokens,
             config.batch_size,
         )
+        warn_of_cut(encoded)
     print(f"{config.out}: {len(texts)} prompts")
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT, relative
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import read_safetensors
 from harmonica.prompts import (
     BUNDLED_PROMPTS,
@@ -24,6 +24,7 @@ from harmonica.prompts import (
     load_prompts,
     read_prompts,
     save_prompts,
+    warn_of_cut,
 )
 from harmonica.text_encoder import TextEncoder, encode_once, encode_prompts, kept_file
 
@@ -37,7 +38,8 @@ def encoded(folder, texts=TEXTS, **options) -> EncodedPrompts:
 
 def same(a: EncodedPrompts, b: EncodedPrompts) -> bool:
     tensors = ("tokens", "mask", "null_tokens", "null_mask")
-    return (a.texts, a.encoder) == (b.texts, b.encoder) and all(
+    others = ("texts", "encoder", "num_cut")
+    return all(getattr(a, name) == getattr(b, name) for name in others) and all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in tensors
     )
 
@@ -70,13 +72,17 @@ def test_the_empty_prompt_is_the_null_prompt(tiny_t5):
     assert relative(prompts.embeddings([1])[0], prompts.null_embedding) < 1e-3
 
 
-def test_long_prompts_are_cut_with_a_warning(tiny_t5):
-    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than 40 tokens"):
-        prompts = encoded(tiny_t5, ("fog", "long " * 20))
-    assert prompts.mask[1].all()
+def test_long_prompts_are_cut_with_a_warning(tiny_t5, tmp_path):
+    """As often as they are used, not only when they are encoded."""
+    prompts = encoded(tiny_t5, ("fog", "long " * 20))
+    assert prompts.mask[1].all() and prompts.num_cut == 1
+    save_prompts(tmp_path / "prompts.safetensors", prompts)
+    found = load_prompts(tmp_path / "prompts.safetensors")
+    with pytest.warns(HarmonicaWarning, match="1 of 2 prompts are longer than 40 tokens"):
+        warn_of_cut(found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoded(tiny_t5)
+        warn_of_cut(encoded(tiny_t5))
 
 
 def test_the_encoder_is_gone_afterwards(tiny_t5, monkeypatch):
@@ -142,6 +148,7 @@ def test_a_file_gives_back_what_was_saved(tiny_t5, tmp_path):
         (lambda t, m: m.update(format="other"), "its format"),
         (lambda t, m: m.update(texts="[1]"), "its texts"),
         (lambda t, m: m.update(texts='["one"]'), "1 texts do not go"),
+        (lambda t, m: m.update(cut="3"), "number of prompts that were cut"),
         (lambda t, m: t.pop("null_mask"), "missing or unknown"),
         (lambda t, m: t.update(mask=t["mask"].int()), "not boolean"),
         (lambda t, m: t["mask"][0].zero_(), "no token"),

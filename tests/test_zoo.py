@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port
-from families import RELATIVES, randomised, tiny, tiny_specs
+from families import RELATIVES, randomised, register_tiny, tiny, tiny_specs
 from PIL import Image
+from processes import Group
 from safetensors.torch import save_file
 
 from harmonica import hub
@@ -28,6 +26,7 @@ from harmonica.flops import measure_costs
 from harmonica.hub import fetch_part, part_folder
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.subject import open_subject
+from harmonica.options import flag_of
 from harmonica.prompts import save_prompts
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
@@ -194,40 +193,20 @@ def test_a_family_is_sampled_with_its_own_noise_schedule_and_guidance(zoo):
     assert backbone.sampler.alphas_bar != linear.alphas_bar
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*were cut")
-def test_two_processes_train_a_router_of_prompts(zoo, folder, tmp_path, tiny_t5):
-    """Through the command line, and like one process: prompts belong to samples, not processes."""
-    encoded = tmp_path / "prompts.safetensors"
-    save_prompts(encoded, encode_prompts(PROMPTS.splitlines(), str(tiny_t5), CPU, max_tokens=9))
-    (tmp_path / "train.py").write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from families import tiny_specs\n"
-        "from harmonica.commands import train\n"
-        "from models import MODELS\n"
-        "MODELS.update(tiny_specs())\n"
-        "train()\n"
-    )
-    flags = [
-        "--model", "tiny-PixArt", "--ckpt", folder / "pixart", "--vae", folder / "pipeline",
-        "--prompts", encoded, "--global-batch-size", "8", "--max-steps", "3", "--log-every", "1",
-    ]  # fmt: skip
-    launches = {
-        "one": [sys.executable],
-        "two": [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            "--master_addr=127.0.0.1", f"--master_port={free_port()}",
-        ],
-    }  # fmt: skip
-    logits = []
-    for name, launch in launches.items():
-        words = [*launch, tmp_path / "train.py", *flags, "--results-dir", tmp_path / name]
-        done = subprocess.run(
-            [str(word) for word in words], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        logits.append(load_router(tmp_path / name / "000-tiny-PixArt-T4").logits)
-    assert (logits[0] - logits[1]).abs().max() < 5e-3
+def test_two_processes_train_a_router_of_prompts(zoo, tmp_path):
+    """Like one: prompts belong to samples, not processes. And one of them encodes the prompts."""
+    flags = {"model": "tiny-PixArt", "global_batch_size": 8, "max_steps": 3, **zoo["tiny-PixArt"]}
+    alone = Trainer(TrainConfig(results_dir=tmp_path / "alone", **flags)).run()
+    words = [word for name, value in flags.items() for word in (flag_of(name), value)]
+    group = Group("train", *words, folder=tmp_path, fault=register_tiny)
+    assert group.wait() == [0, 0], group.said()
+    logs = [log.read_text() for log in sorted(tmp_path.glob("rank*.log"))]
+    assert sum("prompts: 100%" in log for log in logs) == 1
+    assert ["warning: 2 of 3 prompts are longer" in log for log in logs] == [True, False]
+    together = tmp_path / "results" / alone.path.name
+    difference = load_router(alone.path).logits - load_router(together).logits
+    assert difference.abs().max() < 5e-3
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
