@@ -12,21 +12,23 @@ from families import RELATIVES, randomised, register_tiny, tiny, tiny_specs
 from PIL import Image
 from processes import Group
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmonica import hub
 from harmonica.autoencoder import load_decoder
-from harmonica.backbone import load_backbone
+from harmonica.backbone import load_backbone, reduce_precision
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
 from harmonica.conditions import load_conditions
 from harmonica.config import BackboneConfig
-from harmonica.denoise import Guidance
+from harmonica.denoise import Guidance, Trajectories
 from harmonica.errors import HarmonicaError
 from harmonica.flops import measure_costs
 from harmonica.hub import fetch_part, part_folder
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.subject import open_subject
 from harmonica.options import flag_of
+from harmonica.predictors import LastValue
 from harmonica.prompts import save_prompts
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
@@ -38,6 +40,7 @@ from harmonica.sampling import sample
 from harmonica.text_encoder import encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
+from harmonica.training.trajectory import Rollout
 from models import MODELS, SDXL, STABLE_DIFFUSION, T5, HubFolder, create_model
 from models.pixart import PixArt
 
@@ -326,7 +329,59 @@ def test_an_image_of_2048_pixels_fits_24_gigabytes():
     weights = sum(parameter.numel() for parameter in model.parameters())
     # The stream and a sum in float32; queries, keys, values and what they are made of; an MLP.
     step = stream * (2 * 4 + 5 * 2 + 2 * 4 * 2)
-    assert 2 * stream * peak + 2 * weights + step < 12e9
+    assert round(2 * stream * peak / 1e9, 1) == 4.5 and round(2 * weights / 1e9, 1) == 1.2
+    assert 2 * stream * peak + 2 * weights + step < 24e9
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Give a model on the meta device tensors of the device at hand, in place."""
+    for module in model.modules():
+        for key, value in module._parameters.items():
+            if value is not None:
+                empty = torch.empty(value.shape, dtype=value.dtype)
+                module._parameters[key] = torch.nn.Parameter(empty, requires_grad=False)
+        for key, value in module._buffers.items():
+            module._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
+
+
+def test_training_on_the_final_image_fits_24_gigabytes():
+    """DiT-XL/2 at 256, T = 20, half reused, bf16, four images with guidance, checkpoints of steps.
+
+    Tensors are fake: they have a type and a size, and nothing is computed.
+    """
+    sampler, steps = create_sampler("ddim", 20), 20
+    with torch.device("meta"):
+        model = create_model("DiT-XL/2").requires_grad_(False).eval()
+    reduce_precision(model, torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill(model)
+        branches = len(model.branch_names)
+        batch = Trajectories(
+            model, sampler, Guidance(1.5), torch.zeros(4, dtype=torch.long),
+            torch.randn(4, 4, 32, 32),
+        )  # fmt: skip
+        rollout = Rollout(np.ones((steps, branches), bool), LastValue())
+        decisions = torch.ones(steps, branches, requires_grad=True)
+        positions = rollout.positions(batch, rollout.start(batch), decisions)
+        next(positions), next(positions)  # the beginning; after the first step, which decides none
+        own = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
+        saved = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            position = next(positions)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # A value that is reused takes no more room than where it was computed.
+    values = sum(value.nbytes for ((_, value),) in position.histories)
+    cached = values * (1 + (steps - 1) / 2)
+    # A step that computes everything again; gradients of the cache before and after it.
+    step = sum(size for key, size in saved.items() if key not in own) + 2 * values
+    sizes = [round(size / 1e9, 1) for size in (weights, cached, step)]
+    assert sizes == [1.4, 2.8, pytest.approx(2.4, abs=0.3)]
+    assert weights + cached + step < 24e9
 
 
 REFUSED = [
