@@ -4,10 +4,12 @@ import hashlib
 import json
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from families import RELATIVES, randomised, register_tiny, tiny, tiny_specs
 from PIL import Image
 from processes import Group
@@ -23,6 +25,7 @@ from harmonica.conditions import load_conditions
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.errors import HarmonicaError
+from harmonica.evaluation import evaluate_and_report
 from harmonica.flops import measure_costs
 from harmonica.hub import fetch_part, part_folder
 from harmonica.metrics.config import EvaluateConfig
@@ -37,7 +40,7 @@ from harmonica.router import load_router
 from harmonica.sample_config import SampleConfig
 from harmonica.samplers import SAMPLERS, create_sampler
 from harmonica.sampling import sample
-from harmonica.text_encoder import encode_prompts
+from harmonica.text_encoder import TextEncoder, encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout
@@ -210,6 +213,32 @@ def test_two_processes_train_a_router_of_prompts(zoo, tmp_path):
     together = tmp_path / "results" / alone.path.name
     difference = load_router(alone.path).logits - load_router(together).logits
     assert difference.abs().max() < 5e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_nobody_waits_in_a_collective_for_a_text_encoder(zoo, tmp_path, monkeypatch):
+    """It takes longer than a collective may."""
+    waiting, encoded, encode = [], [], TextEncoder.encode
+
+    def main_process_first(self, is_main):
+        waiting.append(is_main)
+        yield
+        waiting.pop()
+
+    def watched(self, *rest):
+        encoded.append(bool(waiting))
+        return encode(self, *rest)
+
+    monkeypatch.setattr(PartialState, "_goes_first", main_process_first)
+    monkeypatch.setattr(TextEncoder, "encode", watched)
+    flags = {"model": "tiny-PixArt", **zoo["tiny-PixArt"]}
+    monkeypatch.setattr("harmonica.downloads.CACHE", tmp_path / "one")
+    Trainer(TrainConfig(global_batch_size=4, **flags))
+    monkeypatch.setattr("harmonica.downloads.CACHE", tmp_path / "other")
+    monkeypatch.setattr("harmonica.evaluation.choose_instruments", Mock(side_effect=EOFError))
+    with pytest.raises(EOFError):  # far enough
+        evaluate_and_report(EvaluateConfig(uncached=True, out=tmp_path / "out", **flags))
+    assert encoded == [False] * 4  # the null prompt and a batch, twice
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
