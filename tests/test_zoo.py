@@ -318,6 +318,7 @@ def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tin
         load_conditions(config, (64, 64), CPU)
 
 
+@pytest.mark.filterwarnings("ignore:.*were cut")
 @pytest.mark.parametrize("name", ["tiny-U-ViT", "tiny-PixArt"])
 def test_weights_that_do_not_fit_are_named(name, zoo, folder, tmp_path):
     other = folder / "dit.safetensors"
