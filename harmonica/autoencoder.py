@@ -9,20 +9,28 @@ from torch import Tensor
 
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
-from models import MODELS, PIXELS, HubFolder
+from harmonica.files import first_line
+from harmonica.hub import part_folder
+from models import MODELS, PIXELS
 
 # Sides in latent pixels above which an image is decoded in overlapping tiles: 1024 pixels.
 LARGEST_WHOLE = 128
 
 
-def _source(config: BackboneConfig) -> HubFolder:
-    """Where the autoencoder of the configuration is: a name of the model's family, or a folder."""
+def _source(config: BackboneConfig) -> tuple[str, str, str]:
+    """Folder or repository of the autoencoder, its subfolder, and what helps if it cannot be had.
+
+    Raises:
+        HarmonicaError: it is one of the model's family that cannot be fetched.
+    """
     named = MODELS[config.model].latent.autoencoders
     if config.vae in named:
-        return named[config.vae]
+        part = named[config.vae]
+        remedy = f"run `download.py {part.arguments}` where there is a network"
+        return str(part_folder(part)), part.subfolder, remedy
     # The folder of a whole pipeline has it in a subfolder.
     subfolder = "vae" if (Path(config.vae) / "vae").is_dir() else ""
-    return HubFolder(config.vae, subfolder)
+    return config.vae, subfolder, f"pass {', '.join(named)} or the folder of an autoencoder"
 
 
 def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
@@ -33,16 +41,12 @@ def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
     """
     from diffusers import AutoencoderKL  # heavy, and only latent models need it
 
-    source = _source(config)
+    source, subfolder, remedy = _source(config)
     try:
-        loaded = AutoencoderKL.from_pretrained(
-            source.repository, subfolder=source.subfolder, use_safetensors=True
-        )
+        loaded = AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
         raise HarmonicaError(
-            f"--vae {config.vae}: {source.repository} cannot be loaded ({reason}); connect to the "
-            "internet once, or pass the path of a downloaded copy"
+            f"--vae {config.vae} cannot be loaded ({first_line(error)}); {remedy}"
         ) from None
     return loaded.to(device).eval()
 

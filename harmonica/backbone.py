@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from harmonica.conditions import Conditions, Placeholders, load_conditions
+from harmonica.conditions import Conditions, Placeholders, Wanted, load_conditions
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance
 from harmonica.downloads import verify
@@ -106,7 +106,11 @@ def _acceleration(config: BackboneConfig, device: torch.device) -> Acceleration:
 
 
 def load_backbone(
-    config: BackboneConfig, device: torch.device, *, random_weights: bool = False
+    config: BackboneConfig,
+    device: torch.device,
+    *,
+    random_weights: bool = False,
+    wanted: Wanted | None = None,
 ) -> Backbone:
     """The model, frozen, in eval mode, on the device and in the precision of the configuration.
 
@@ -115,6 +119,7 @@ def load_backbone(
 
     Args:
         random_weights: freshly initialised ones, for measuring speed.
+        wanted: likewise of ``load_conditions``.
 
     Raises:
         HarmonicaError: weights that cannot be had or do not fit, or sizes that do not.
@@ -125,28 +130,28 @@ def load_backbone(
     sampler = create_sampler(
         config.sampler, config.num_sampling_steps, config.eta, spec.noise_schedule
     )
-    model = create_model(config.model, image_size=size, num_classes=config.num_classes)
     pixels = (config.height or size, config.width or size)
     latent_size = (pixels[0] // spec.latent_factor, pixels[1] // spec.latent_factor)
+    path = None if random_weights else weights_file(config.ckpt, spec, size)
+    # A text encoder, far larger than the model, is gone before the model is there.
+    conditions: Conditions | None = None
+    if not random_weights or spec.text_encoder is None:
+        conditions = load_conditions(config, pixels, device, wanted)
+    model = create_model(config.model, image_size=size, num_classes=config.num_classes)
     weights_hash = "random"
-    if not random_weights:
-        path = weights_file(config.ckpt, spec, size)
+    if path is not None:
         weights_hash = verify(path)[:16]
         load_weights(model, path, config.model)
-    if random_weights and spec.text_encoder is not None:
-        conditions: Conditions = Placeholders(model)
-    else:
-        # A text encoder, far larger than the model, is gone before the model takes its place.
-        conditions = load_conditions(config, pixels, device)
     model.requires_grad_(False).eval().to(device)
     reduce_precision(model, DTYPES[config.mixed_precision])
     return Backbone(
         name=config.model,
         model=model,
-        conditions=conditions,
+        conditions=conditions or Placeholders(model),
         sampler=sampler,
         guidance=Guidance(
-            config.cfg_scale, None if config.guide_all_channels else spec.guided_channels
+            config.cfg_scale,
+            None if config.guide_all_channels else spec.channels_guided_with(config.sampler),
         ),
         image_size=size,
         weights_hash=weights_hash,

@@ -5,6 +5,7 @@ and the model gets what the label stands for.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,10 +18,11 @@ from harmonica.files import is_safetensors
 from harmonica.prompts import (
     BUNDLED_PROMPTS,
     EncodedPrompts,
-    encode_prompts,
     load_prompts,
     read_prompts,
+    warn_of_cut,
 )
+from harmonica.text_encoder import encode_once, kept_file
 from models import MODELS
 from models.prompts import Prompts
 from models.transformer import Condition, DiffusionTransformer
@@ -63,35 +65,33 @@ class PromptList:
 
     Attributes:
         size: height and width of the images in pixels.
+        rows: (count,) the row of ``encoded`` of every label, one too large where it was not
+            encoded; None: labels are rows.
     """
 
     encoded: EncodedPrompts
     size: tuple[int, int]
+    rows: Tensor | None = None
 
     @property
     def count(self) -> int:
-        return len(self.encoded.texts)
+        return len(self.encoded.texts if self.rows is None else self.rows)
 
     def of(self, labels: Tensor) -> Prompts:
+        rows = labels.tolist() if self.rows is None else self.rows[labels].tolist()
         return Prompts(
-            self.encoded.embeddings[labels],
-            self.encoded.mask[labels],
+            self.encoded.embeddings(rows),
+            self.encoded.mask[rows],
             self.encoded.null_embedding[None],
             self.encoded.null_mask[None],
-            torch.tensor([self.size], dtype=torch.float32).repeat(len(labels), 1),
+            torch.tensor([self.size], dtype=torch.float32).repeat(len(rows), 1),
         )
 
     def content_hash(self) -> str:
         encoded = self.encoded
         digest = hashlib.sha256("\n".join(encoded.texts).encode())
-        kept = (
-            encoded.embeddings[encoded.mask],
-            encoded.mask,
-            encoded.null_embedding[encoded.null_mask],
-            encoded.null_mask,
-        )
-        for tensor in kept:
-            digest.update(tensor.half().contiguous().numpy().tobytes())
+        for tensor in (encoded.tokens, encoded.mask, encoded.null_tokens, encoded.null_mask):
+            digest.update(tensor.half().flatten().numpy())
         return digest.hexdigest()
 
 
@@ -109,23 +109,39 @@ class Placeholders:
         return None
 
 
-def _encoded(config: BackboneConfig, device: torch.device) -> EncodedPrompts:
+# Labels that will be asked for, of so many that there are.
+Wanted = Callable[[int], Tensor]
+
+
+def _prompts(
+    config: BackboneConfig, size: tuple[int, int], device: torch.device, wanted: Wanted | None
+) -> PromptList:
     """The prompts that the flags name, or those of the project, encoded unless they are already."""
     spec, path = MODELS[config.model], config.prompts or BUNDLED_PROMPTS
     if config.prompt is None and path.is_file() and is_safetensors(path):
-        return load_prompts(path)
+        return PromptList(load_prompts(path), size)
     texts = [config.prompt] if config.prompt is not None else read_prompts(path)
-    encoder = config.text_encoder
-    return encode_prompts(texts, encoder, device, spec.config.max_tokens, progress="prompts")
+    encoder, length = config.text_encoder, spec.config.max_tokens
+    if wanted is None or kept_file(texts, encoder, length).is_file():
+        return PromptList(encode_once(texts, encoder, device, length), size)
+    labels = wanted(len(texts)).unique()
+    rows = torch.full((len(texts),), len(labels))
+    rows[labels] = torch.arange(len(labels))
+    some = [texts[label] for label in labels.tolist()]
+    return PromptList(encode_once(some, encoder, device, length), size, rows)
 
 
 def load_conditions(
-    config: BackboneConfig, size: tuple[int, int], device: torch.device
+    config: BackboneConfig,
+    size: tuple[int, int],
+    device: torch.device,
+    wanted: Wanted | None = None,
 ) -> Classes | PromptList:
     """What the samples of a configuration can be of. A text encoder is gone when this returns.
 
     Args:
         size: height and width of the images in pixels.
+        wanted: prompts that are not encoded yet are so only at these labels; None: all.
 
     Raises:
         HarmonicaError: no prompts for a model of text, or prompts encoded for another model.
@@ -134,8 +150,9 @@ def load_conditions(
     if spec.text_encoder is None:
         classes = spec.config.num_classes if config.num_classes is None else config.num_classes
         return Classes(max(1, classes))
-    encoded = _encoded(config, device)
-    tokens, channels = encoded.embeddings.shape[1:]
+    prompts = _prompts(config, size, device, wanted)
+    encoded = prompts.encoded
+    tokens, channels = len(encoded.null_mask), encoded.tokens.shape[1]
     expected = (spec.config.max_tokens, spec.config.caption_channels)
     if (tokens, channels) != expected:
         raise HarmonicaError(
@@ -143,4 +160,5 @@ def load_conditions(
             f"channels, and --model {config.model} takes {expected[0]} of {expected[1]}; encode "
             "them for this model"
         )
-    return PromptList(encoded, size)
+    warn_of_cut(encoded)
+    return prompts

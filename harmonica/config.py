@@ -85,7 +85,8 @@ class BackboneConfig(Options):
         low=0,
     )
     guide_all_channels: bool = option(
-        False, "guide every latent channel; published DiT guides three of four"
+        False,
+        "guide every latent channel; published DiT guides three of four, as does PixArt with iddpm",
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
     compile: bool | None = option(

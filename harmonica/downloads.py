@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,6 +64,26 @@ def _download(url: str, partial: Path, name: str) -> str | None:
         return _announced_hash(response)
 
 
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """One process at a time makes what ``path`` is to hold; others wait, and find it.
+
+    Raises:
+        HarmonicaError: its folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError as error:
+        raise HarmonicaError(
+            f"{path.parent} cannot be written to ({error.strerror}); set HARMONICA_CACHE to a "
+            "folder that can"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def fetch(source: WeightSource, folder: Path | None = None) -> Path:
     """The file in ``checkpoints/``, downloaded if absent.
 
@@ -77,17 +99,7 @@ def fetch(source: WeightSource, folder: Path | None = None) -> Path:
     path = folder / source.file
     if path.is_file():
         return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f".{source.file}.lock").open("w")
-    except OSError as error:
-        raise HarmonicaError(
-            f"{folder} cannot be written to ({error.strerror}); set HARMONICA_CACHE to a folder "
-            "that can"
-        ) from None
-    with lock:
-        # Another command may be fetching the same file; what it leaves is found below.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with in_turn(path):
         return path if path.is_file() else _fetch(source, path)
 
 

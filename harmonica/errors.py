@@ -5,7 +5,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 SAY_FIRST_S = 5
 LONGEST_WORD = 250  # that of a path, say
@@ -42,8 +45,34 @@ class OutOfReach(HarmonicaError):
     """A budget that a method cannot meet."""
 
 
+class HarmonicaWarning(UserWarning):
+    """What works, but may not be what was meant; one sentence."""
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """This project's warnings as sentences: each once, by the main process."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        shown_by_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            sentence = str(message)
+            if not issubclass(category, HarmonicaWarning):
+                shown_by_others(message, category, *place)
+            elif sentence not in said and os.environ.get("RANK", "0") == "0":
+                print(f"warning: {sentence}", file=sys.stderr, flush=True)
+            said.add(sentence)
+
+        warnings.simplefilter("always", HarmonicaWarning)
+        warnings.showwarning = show
+        yield
+
+
 def run_command(program: Callable[[], None]) -> Callable[[], None]:
     """Decorator of command-line programs: bad input ends one with its sentence and exit code 2.
+
+    Warnings are sentences too, on stderr, from the main process alone.
 
     Under torchrun every process of a machine meets the same bad input. The first one says so; the
     others wait a moment, because the first to end has all the rest stopped.
@@ -52,7 +81,8 @@ def run_command(program: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(program)
     def run() -> None:
         try:
-            program()
+            with _said_once():
+                program()
         except HarmonicaError as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)

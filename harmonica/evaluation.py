@@ -32,10 +32,10 @@ def evaluate_and_report(config: EvaluateConfig) -> str | None:
     """
     check_output(config.out, REPORT)
     state = PartialState(cpu=not torch.cuda.is_available())
-    # One process of a machine fetches missing weights, the others find them.
-    with state.local_main_process_first():
-        subject = open_subject(config, state.device)
-        instruments = choose_instruments(config, subject, state.device)
+    # What is missing is fetched or encoded by one process of a machine, and the others wait at its
+    # lock for as long as that takes.
+    subject = open_subject(config, state.device)
+    instruments = choose_instruments(config, subject, state.device)
     rows = measure(subject, instruments, config.batch_size, state)
     reference_rows = measure_reference(
         instruments.reference,

@@ -4,49 +4,82 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from harmonica.errors import HarmonicaError
+from harmonica.files import first_line, sha256
 from models import HubFolder
 
 
-def _present(part: HubFolder) -> tuple[Path | None, int]:
-    """Where the folder is on this machine, if it is, and the bytes of it that are."""
+def _present(part: HubFolder) -> tuple[Path | None, list[Path]]:
+    """Where the folder is on this machine, if it is, and the files of it that are."""
     from huggingface_hub import snapshot_download  # heavy, and only latent models need it
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         path = Path(snapshot_download(part.repository, local_files_only=True))
     except LocalEntryNotFoundError:
-        return None, 0
+        return None, []
     files = [file for file in path.rglob("*") if file.is_file()]
-    wanted = [
+    return path, [
         file
         for file in files
         if any(fnmatch(file.relative_to(path).as_posix(), p) for p in part.patterns)
     ]
-    return path, sum(file.stat().st_size for file in wanted)
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _verify(part: HubFolder, files: list[Path]) -> None:
+    """Compare large files with the sha256 that the Hub announced.
+
+    Its client keeps them under that name, and compares nothing but sizes itself.
+    """
+    for file in files:
+        announced = file.resolve().name
+        if len(announced) == 64 and sha256(file) != announced:
+            raise HarmonicaError(
+                f"{file.resolve()} is not what the Hub announced; delete it and run `download.py "
+                f"{part.arguments}` again"
+            )
 
 
 def fetch_part(part: HubFolder) -> Path:
     """The folder in the cache, downloaded as far as it is not there; an interrupted one resumes.
 
     Raises:
-        HarmonicaError: it cannot be had.
+        HarmonicaError: it cannot be had, or is not what the Hub announced.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(part.repository, allow_patterns=list(part.patterns)))
+        path = Path(snapshot_download(part.repository, allow_patterns=list(part.patterns)))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
         raise HarmonicaError(
-            f"{part.repository} could not be fetched ({reason}); repeat the command where there is "
-            "a network"
+            f"{part.repository} could not be fetched ({first_line(error)}); run `download.py "
+            f"{part.arguments}` where there is a network"
         ) from None
+    _verify(part, _present(part)[1])
+    return path
+
+
+def part_folder(part: HubFolder) -> Path:
+    """The folder as it was fetched, whatever the Hub has by now; fetched if it was not.
+
+    Raises:
+        HarmonicaError: as :func:`fetch_part`.
+    """
+    path, files = _present(part)
+    if path is None or _size(files) < part.size:
+        return fetch_part(part)
+    _verify(part, files)
+    return path
 
 
 def state_of_part(part: HubFolder) -> str:
     """Where a folder stands: in the cache, partly fetched, or not fetched."""
-    path, size = _present(part)
+    path, files = _present(part)
+    size = _size(files)
     if size >= part.size:
         return f"{path}, {size / 1e6:.1f} MB"
     if size:

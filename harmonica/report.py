@@ -41,18 +41,18 @@ def check_classes(config: SampleConfig, num_classes: int) -> None:
         raise HarmonicaError(f"--classes {wrong[0]} is out of range; use 0 to {num_classes - 1}")
 
 
-def choose_labels(config: SampleConfig, backbone: Backbone) -> tuple[int, Tensor | None]:
-    """Number of images and their labels; None draws them from the seed."""
-    known, chosen = backbone.conditions.count, config.classes
+def choose_labels(config: SampleConfig, known: int) -> Tensor:
+    """(n,) the label of every image, of ``known`` ones; drawn from the seed if nothing says."""
+    chosen = config.classes
     if chosen is None and config.names_prompts:
         chosen = range(known)
+    if chosen is None and config.num_images is not None:
+        return Draws(config.seed, "sample").labels(range(config.num_images), known)
     if chosen is None:
-        if config.num_images is not None:
-            return config.num_images, None
         chosen = range(min(known, DEFAULT_IMAGES))
     check_classes(config, known)
     count = len(chosen) if config.num_images is None else config.num_images
-    return count, torch.tensor([chosen[i % len(chosen)] for i in range(count)])
+    return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
 
 def save_images(folder: Path, images: Tensor) -> None:
@@ -82,11 +82,12 @@ def sample_and_report(config: SampleConfig) -> str:
         config = replace(config, sampler="ddim")
     check_output(config.out, REPORT)
     device = select_device()
-    backbone = load_backbone(config, device)
-    count, labels = choose_labels(config, backbone)
+    choose = partial(choose_labels, config)
+    backbone = load_backbone(config, device, wanted=choose)
+    labels = choose(backbone.conditions.count)
     chosen = choose_plan(config, backbone)
     decode = load_decoder(config, device)
-    draws, indices = Draws(config.seed, "sample"), range(count)
+    draws, indices = Draws(config.seed, "sample"), range(len(labels))
 
     plans: dict[str, Plan] = {}
     if chosen is None or config.compare:
@@ -98,13 +99,12 @@ def sample_and_report(config: SampleConfig) -> str:
         for name, plan in plans.items()
     }
     part = slice(0, config.batch_size)
-    some = None if labels is None else labels[part]
     with torch.inference_mode():
         times = timed(
             {
                 name: partial(
                     Engine(plan.schedule, plan.backbone.how),
-                    trajectories(plan.backbone, draws, indices[part], some),
+                    trajectories(plan.backbone, draws, indices[part], labels[part]),
                 )
                 for name, plan in plans.items()
             },

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harmonica import __version__
 from harmonica.budget import Budget
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import (
     existing_file,
     first_line,
@@ -219,12 +219,14 @@ class RouterFile:
             warnings.warn(
                 f"the router was trained with --cfg-scale {self.info.cfg_scale}, not "
                 f"{expected.cfg_scale}: its schedule may not suit that guidance",
+                HarmonicaWarning,
                 stacklevel=2,
             )
         if self.info.weights_hash not in (None, expected.weights_hash):
             warnings.warn(
                 f"the router was trained on weights {self.info.weights_hash}, these are "
                 f"{expected.weights_hash}: its schedule may not suit them",
+                HarmonicaWarning,
                 stacklevel=2,
             )
 
@@ -247,6 +249,7 @@ class RouterFile:
             )
         warnings.warn(
             f"the router was trained {misfit}: its schedule may not suit this sampler",
+            HarmonicaWarning,
             stacklevel=3,
         )
 

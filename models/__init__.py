@@ -41,12 +41,14 @@ class HubFolder:
         subfolder: where its config is.
         patterns: files that belong to it.
         size: lower bound in bytes of what is whole.
+        arguments: what download.py calls it.
     """
 
     repository: str
     subfolder: str = ""
     patterns: tuple[str, ...] = ("config.json", "diffusion_pytorch_model.safetensors")
     size: int = 300_000_000
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,23 @@ STABLE_DIFFUSION = LatentSpace(
     8,
     0.18215,
     {
-        "ema": HubFolder("stabilityai/sd-vae-ft-ema"),
-        "mse": HubFolder("stabilityai/sd-vae-ft-mse"),
+        "ema": HubFolder("stabilityai/sd-vae-ft-ema", arguments="ema"),
+        "mse": HubFolder("stabilityai/sd-vae-ft-mse", arguments="mse"),
     },
 )
 _SIGMA_PARTS = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
-SDXL = LatentSpace(8, 0.13025, {"sdxl": HubFolder(_SIGMA_PARTS, "vae", ("vae/*",))})
+SDXL = LatentSpace(
+    8, 0.13025, {"sdxl": HubFolder(_SIGMA_PARTS, "vae", ("vae/*",), arguments="sdxl")}
+)
 # T5 v1.1 XXL, the same for alpha and Sigma.
-T5 = HubFolder(_SIGMA_PARTS, "text_encoder", ("tokenizer/*", "text_encoder/*"), size=18_000_000_000)
-# What download.py calls them.
+T5 = HubFolder(
+    _SIGMA_PARTS,
+    "text_encoder",
+    ("tokenizer/*", "text_encoder/*"),
+    size=18_000_000_000,
+    arguments="t5",
+)
+# By what download.py calls them.
 HUB_PARTS = {**STABLE_DIFFUSION.autoencoders, **SDXL.autoencoders, "t5": T5}
 
 
@@ -91,7 +101,9 @@ class ModelSpec:
         weights: image size -> published weights; a Path is a file in this repository.
         sizes: image sizes that there are, and what of the shapes differs there; None: any.
         sampler, num_steps, guidance: what is sampled with by default.
-        guided_channels: latent channels that are guided; None: all.
+        guided_channels: latent channels that are guided, the others are not; None: all.
+        guided_with: samplers with which that is so, all channels being guided with others; None:
+            with every sampler.
         noise_schedule: what the model was trained on.
         text_encoder: pipeline on the Hub with the encoder of its prompts; None: it takes classes.
     """
@@ -107,12 +119,18 @@ class ModelSpec:
     num_steps: int = 20
     guidance: float = 1.5
     guided_channels: int | None = None
+    guided_with: tuple[str, ...] | None = None
     noise_schedule: str = "linear"
     text_encoder: str | None = None
 
     @property
     def latent_factor(self) -> int:
         return self.latent.factor
+
+    def channels_guided_with(self, sampler: str) -> int | None:
+        """Latent channels that are guided, as published; None: all."""
+        is_so = self.guided_with is None or sampler in self.guided_with
+        return self.guided_channels if is_so else None
 
 
 def _dit_weights(size: int) -> WeightSource:
@@ -215,8 +233,19 @@ def _pixart(name: str, files: Mapping[int, tuple[str, str]], **fields: Any) -> M
         )
         for size, (repository, file) in files.items()
     }
-    shared = {"sampler": "dpm-solver++", "guidance": 4.5, "text_encoder": T5.repository}
-    return ModelSpec(name, PixArt, image_size=256, weights=weights, **shared, **fields)
+    return ModelSpec(
+        name,
+        PixArt,
+        image_size=256,
+        weights=weights,
+        sampler="dpm-solver++",
+        guidance=4.5,
+        # PixArt's IDDPM is that of DiT, with its guidance; its other samplers guide all channels.
+        guided_channels=3,
+        guided_with=("iddpm",),
+        text_encoder=T5.repository,
+        **fields,
+    )
 
 
 def _pixarts() -> list[ModelSpec]:

@@ -5,20 +5,14 @@
 Interrupted, the same command goes on where it stopped.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from harmonica.backbone import select_device
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.options import Options, option, parse
-from harmonica.prompts import (
-    BUNDLED_PROMPTS,
-    encode_prompts,
-    load_prompts,
-    read_prompts,
-    save_prompts,
-)
+from harmonica.prompts import BUNDLED_PROMPTS, read_prompts, warn_of_cut
+from harmonica.text_encoder import encode_into, finished
 from models import MODELS
 
 
@@ -64,13 +58,8 @@ def check_output(config: EncodeConfig, texts: list[str]) -> bool:
     """
     if not config.out.exists():
         return False
-    wanted = (tuple(texts), config.text_encoder, config.max_tokens)
-    try:
-        found = load_prompts(config.out)
-        if (found.texts, found.encoder, found.mask.shape[1]) == wanted:
-            return True
-    except HarmonicaError:
-        pass
+    if finished(config.out, texts, config.text_encoder, config.max_tokens) is not None:
+        return True
     raise HarmonicaError(
         f"--out {config.out} holds something else; remove it or pass another --out"
     )
@@ -81,18 +70,15 @@ def main() -> None:
     config = parse(EncodeConfig, "Encode a text file of prompts with T5.")
     texts = read_prompts(config.prompts)
     if not check_output(config, texts):
-        parts = config.out.with_name(f"{config.out.name}.parts")
-        encoded = encode_prompts(
+        encoded = encode_into(
+            config.out,
             texts,
             config.text_encoder,
             select_device(),
             config.max_tokens,
             config.batch_size,
-            progress="prompts",
-            parts=parts,
         )
-        save_prompts(config.out, encoded)
-        shutil.rmtree(parts, ignore_errors=True)
+        warn_of_cut(encoded)
     print(f"{config.out}: {len(texts)} prompts")
 
 

@@ -35,24 +35,36 @@ CONFIGS = {
 }
 
 
-# Published model to the name and shapes of its tiny relative, at 64 pixels.
+# Tiny model to its published relative, and its shapes at 64 pixels. One PixArt is alpha at 1024,
+# which is told sizes.
+READER = replace(PIXART, caption_channels=16, max_tokens=9)
 RELATIVES = {
-    "DiT-XL/2": ("tiny-DiT", DIT),
-    "U-ViT-H/2": ("tiny-U-ViT", UVIT),
-    "PixArt-alpha-XL/2": ("tiny-PixArt", replace(PIXART, caption_channels=16, max_tokens=9)),
+    "tiny-DiT": ("DiT-XL/2", DIT),
+    "tiny-U-ViT": ("U-ViT-H/2", UVIT),
+    "tiny-PixArt": ("PixArt-alpha-XL/2", READER),
+    "tiny-PixArt-1024": (
+        "PixArt-alpha-XL/2",
+        replace(READER, interpolation=2.0, has_micro_conditions=True),
+    ),
+    "tiny-Sigma": ("PixArt-Sigma-XL/2", replace(READER, interpolation=0.5, max_tokens=12)),
 }
 
 
 def tiny_specs() -> dict[str, ModelSpec]:
     """Entries for the registry, which make tiny models as good as published ones."""
     specs = {}
-    for published, (name, config) in RELATIVES.items():
+    for name, (published, config) in RELATIVES.items():
         spec = MODELS[published]
         sizes = None if spec.sizes is None else {64: {}}
         specs[name] = replace(
             spec, name=name, config=config, image_size=64, num_steps=4, sizes=sizes
         )
     return specs
+
+
+def register_tiny() -> None:
+    """In a process of its own."""
+    MODELS.update(tiny_specs())
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:

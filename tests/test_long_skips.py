@@ -1,5 +1,6 @@
 """DeepCache and Faster Diffusion on a tiny U-ViT: what runs, what it costs, what comes out."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from families import UVIT, randomised, tiny, tiny_trajectories
 
+from harmonica.baselines import OF_LONG_SKIPS
 from harmonica.baselines.long_skips import (
     deepcache,
     faster_diffusion,
@@ -14,10 +16,13 @@ from harmonica.baselines.long_skips import (
     nearest_faster_diffusion,
 )
 from harmonica.budget import Budget
+from harmonica.comparison.config import CompareConfig
+from harmonica.comparison.run import Comparison
 from harmonica.engine import Engine
 from harmonica.errors import OutOfReach
 from harmonica.flops import measure_costs
 from harmonica.samplers import State
+from models import MODELS, PIXELS
 from models.uvit import UViT
 
 
@@ -80,3 +85,28 @@ def test_a_model_without_long_skips_is_refused():
     for nearest in (nearest_faster_diffusion, nearest_deepcache):
         with pytest.raises(OutOfReach, match="long skip connections"):
             nearest(6, measure_costs(tiny("dit")), Budget(cur=0.5))
+
+
+def test_both_run_in_a_comparison(tmp_path, monkeypatch):
+    """On a tiny model in the layout of the published ones, which works on pixels."""
+    shapes = replace(UVIT, depth=8, in_channels=3)
+    torch.save(randomised(UViT(shapes)).state_dict(), tmp_path / "uvit.pth")
+    spec = replace(
+        MODELS["U-ViT-H/2"], name="tiny-U-ViT", config=shapes, image_size=8, sizes={8: {}},
+        latent=PIXELS,
+    )  # fmt: skip
+    monkeypatch.setitem(MODELS, spec.name, spec)
+    config = CompareConfig(
+        model=spec.name, ckpt=tmp_path / "uvit.pth", num_sampling_steps=6, num_images=0,
+        num_paired=2, exact_steps=8, seeds=(0,), repeats=1, speedups=(1.5,),
+        methods=("deepcache", "faster-diffusion"), out=tmp_path / "out",
+    )  # fmt: skip
+    config.check()
+    Comparison(config).run()
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    results = {result["method"]: result for result in report["results"]}
+    assert results.keys() == {"uncached", *OF_LONG_SKIPS}
+    for name in OF_LONG_SKIPS:
+        assert abs(results[name]["theoretical_speedup"] / 1.5 - 1) < 0.15
+        assert results[name]["against_uncached"]["mse_mean"] > 0
+        assert results[name]["measured_speedup"]["ratio"] > 0

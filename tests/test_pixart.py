@@ -8,8 +8,16 @@ from families import PIXART, randomised
 from models.pixart import PixArt, PixArtConfig, from_diffusers, from_original
 from models.prompts import Prompts
 
-# sample size, interpolation, micro-conditions: alpha at 256, 512, 1024; Sigma at 256 and 2048.
-VARIANTS = [(8, 1.0, False), (16, 1.0, False), (16, 2.0, True), (8, 0.5, False), (16, 4.0, False)]
+# sample size, interpolation, micro-conditions: alpha at 256, 512, 1024; Sigma at 256, 1024, 2048,
+# which at 512 is like alpha.
+VARIANTS = [
+    (8, 1.0, False),
+    (16, 1.0, False),
+    (16, 2.0, True),
+    (8, 0.5, False),
+    (16, 2.0, False),
+    (16, 4.0, False),
+]
 TOKENS, CHANNELS = 7, 20
 
 

@@ -5,9 +5,10 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 import warnings
 import weakref
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,17 +16,17 @@ from conftest import ROOT, relative
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5EncoderModel
 
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import read_safetensors
 from harmonica.prompts import (
     BUNDLED_PROMPTS,
     EncodedPrompts,
-    TextEncoder,
-    encode_prompts,
     load_prompts,
     read_prompts,
     save_prompts,
+    warn_of_cut,
 )
+from harmonica.text_encoder import TextEncoder, encode_once, encode_prompts, kept_file
 
 CPU = torch.device("cpu")
 TEXTS = ("A cat on a mat", "", "eine Brücke über den Fluß, 夜 🌉", "fog")
@@ -36,8 +37,9 @@ def encoded(folder, texts=TEXTS, **options) -> EncodedPrompts:
 
 
 def same(a: EncodedPrompts, b: EncodedPrompts) -> bool:
-    tensors = ("embeddings", "mask", "null_embedding", "null_mask")
-    return (a.texts, a.encoder) == (b.texts, b.encoder) and all(
+    tensors = ("tokens", "mask", "null_tokens", "null_mask")
+    others = ("texts", "encoder", "num_cut")
+    return all(getattr(a, name) == getattr(b, name) for name in others) and all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in tensors
     )
 
@@ -48,7 +50,9 @@ def test_embeddings_are_those_of_the_encoder_at_full_length(tiny_t5):
     tokenizer = AutoTokenizer.from_pretrained(tiny_t5, subfolder="tokenizer")
     model = T5EncoderModel.from_pretrained(tiny_t5, subfolder="text_encoder").eval()
     assert prompts.texts == TEXTS
-    assert prompts.embeddings.shape == (4, 40, 16) and prompts.embeddings.dtype == torch.float16
+    embeddings = prompts.embeddings([0, 1, 2, 3])
+    assert embeddings.shape == (4, 40, 16) and embeddings.dtype == torch.float16
+    assert torch.equal(prompts.embeddings([2, 0, 2]), embeddings[[2, 0, 2]])
     for i, text in enumerate(TEXTS):
         tokens = tokenizer(
             text.lower(), padding="max_length", max_length=40, truncation=True, return_tensors="pt"
@@ -57,24 +61,28 @@ def test_embeddings_are_those_of_the_encoder_at_full_length(tiny_t5):
         with torch.inference_mode():
             expected = model(**tokens).last_hidden_state[0]
         assert torch.equal(prompts.mask[i], mask)
-        assert relative(prompts.embeddings[i][mask], expected[mask]) < 1e-3  # half precision
-        assert not prompts.embeddings[i][~mask].any()
+        assert relative(embeddings[i][mask], expected[mask]) < 1e-3  # half precision
+        assert not embeddings[i][~mask].any()
 
 
 def test_the_empty_prompt_is_the_null_prompt(tiny_t5):
     prompts = encoded(tiny_t5)
     assert prompts.null_mask.sum() == 1  # the end of the text
     assert torch.equal(prompts.mask[1], prompts.null_mask)
-    assert relative(prompts.embeddings[1], prompts.null_embedding) < 1e-3
+    assert relative(prompts.embeddings([1])[0], prompts.null_embedding) < 1e-3
 
 
-def test_long_prompts_are_cut_with_a_warning(tiny_t5):
-    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than 40 tokens"):
-        prompts = encoded(tiny_t5, ("fog", "long " * 20))
-    assert prompts.mask[1].all()
+def test_long_prompts_are_cut_with_a_warning(tiny_t5, tmp_path):
+    """As often as they are used, not only when they are encoded."""
+    prompts = encoded(tiny_t5, ("fog", "long " * 20))
+    assert prompts.mask[1].all() and prompts.num_cut == 1
+    save_prompts(tmp_path / "prompts.safetensors", prompts)
+    found = load_prompts(tmp_path / "prompts.safetensors")
+    with pytest.warns(HarmonicaWarning, match="1 of 2 prompts are longer than 40 tokens"):
+        warn_of_cut(found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoded(tiny_t5)
+        warn_of_cut(encoded(tiny_t5))
 
 
 def test_the_encoder_is_gone_afterwards(tiny_t5, monkeypatch):
@@ -94,7 +102,7 @@ def test_the_encoder_is_gone_afterwards(tiny_t5, monkeypatch):
 def test_a_t5_without_a_pipeline_around_it_works(tiny_t5, tmp_path):
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(tiny_t5 / part, tmp_path, dirs_exist_ok=True)
-    assert torch.equal(encoded(tmp_path).embeddings, encoded(tiny_t5).embeddings)
+    assert torch.equal(encoded(tmp_path).tokens, encoded(tiny_t5).tokens)
 
 
 def test_finished_batches_are_not_encoded_again(tiny_t5, tmp_path, monkeypatch):
@@ -140,6 +148,7 @@ def test_a_file_gives_back_what_was_saved(tiny_t5, tmp_path):
         (lambda t, m: m.update(format="other"), "its format"),
         (lambda t, m: m.update(texts="[1]"), "its texts"),
         (lambda t, m: m.update(texts='["one"]'), "1 texts do not go"),
+        (lambda t, m: m.update(cut="3"), "number of prompts that were cut"),
         (lambda t, m: t.pop("null_mask"), "missing or unknown"),
         (lambda t, m: t.update(mask=t["mask"].int()), "not boolean"),
         (lambda t, m: t["mask"][0].zero_(), "no token"),
@@ -182,15 +191,64 @@ def test_prompt_files_have_a_prompt_on_every_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("夜の橋\nfog, 5 a.m.\n", "utf-8")
     assert read_prompts(path) == ["夜の橋", "fog, 5 a.m."]
-    path.write_text("")
-    with pytest.raises(HarmonicaError, match="is empty"):
-        read_prompts(path)
+    # Only what every editor shows as the end of a line is one; an empty one is the empty prompt.
+    path.write_bytes("a\u2028b\x85c\x0bd\x1ce\r\n\r\nfog\n\n \n".encode())
+    assert read_prompts(path) == ["a\u2028b\x85c\x0bd\x1ce", "", "fog"]
+    for nothing in ("", "\n \n"):
+        path.write_text(nothing)
+        with pytest.raises(HarmonicaError, match="is empty"):
+            read_prompts(path)
 
 
-def test_prompts_in_single_precision_are_saved_in_half(tiny_t5, tmp_path):
-    prompts = encoded(tiny_t5)
-    save_prompts(tmp_path / "p", replace(prompts, embeddings=prompts.embeddings.float()))
-    assert same(load_prompts(tmp_path / "p"), prompts)
+def test_prompts_are_encoded_once(tiny_t5, tmp_path, monkeypatch):
+    """Whoever asks next finds the file, unless the question or the encoder is another."""
+    monkeypatch.setattr("harmonica.downloads.CACHE", tmp_path / "cache")
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5")
+    arguments = (TEXTS, str(folder), CPU, 40)
+    first = encode_once(*arguments)
+    assert same(first, encoded(folder))
+    left = [path.name for path in (tmp_path / "cache" / "prompts").iterdir()]
+    path = kept_file(TEXTS, str(folder), 40)
+    assert sorted(left) == sorted([path.name, f".{path.name}.lock"])
+    others = [
+        kept_file(TEXTS[:3], str(folder), 40),
+        kept_file(TEXTS, str(folder), 41),
+        kept_file(TEXTS, str(tiny_t5), 40),
+    ]
+    assert len({path, *others}) == 4
+    with monkeypatch.context() as without:
+        without.setattr("harmonica.text_encoder.TextEncoder", None)
+        assert same(encode_once(*arguments), first)
+    path.write_bytes(path.read_bytes()[:-1])  # damaged: encoded again
+    assert same(encode_once(*arguments), first)
+    (folder / "text_encoder" / "config.json").touch()
+    assert not kept_file(TEXTS, str(folder), 40).exists()
+    with pytest.raises(HarmonicaError, match="HARMONICA_CACHE"):
+        monkeypatch.setattr("harmonica.downloads.CACHE", path)
+        encode_once(*arguments)
+
+
+def test_one_encodes_while_others_wait(tiny_t5, tmp_path, monkeypatch):
+    """Threads exclude each other like processes: each opens the lock for itself."""
+    monkeypatch.setattr("harmonica.downloads.CACHE", tmp_path)
+    encode, calls, both = TextEncoder.encode, [], threading.Barrier(2)
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda self, *rest: calls.append(rest) or encode(self, *rest)
+    )
+
+    def start() -> EncodedPrompts:
+        both.wait(10)
+        return encode_once(TEXTS, str(tiny_t5), CPU, 40)
+
+    with ThreadPoolExecutor(2) as pool:
+        a, b = [future.result(60) for future in [pool.submit(start), pool.submit(start)]]
+    assert same(a, b) and len(calls) == 2  # the null prompt, and the batch
+
+
+def test_what_is_held_does_not_grow_with_the_length(tiny_t5):
+    few, many = encoded(tiny_t5, max_tokens=40), encoded(tiny_t5, max_tokens=120)
+    assert many.tokens.shape == few.tokens.shape == (int(few.mask.sum()), 16)
+    assert not any(tensor.dim() > 2 for tensor in vars(many).values() if torch.is_tensor(tensor))
 
 
 def test_the_script_encodes_a_text_file_once(tiny_t5, tmp_path, monkeypatch, capsys):
@@ -205,9 +263,9 @@ def test_the_script_encodes_a_text_file_once(tiny_t5, tmp_path, monkeypatch, cap
         monkeypatch.setattr(sys, "argv", command)
         runpy.run_path(str(ROOT / "scripts" / "encode_prompts.py"), run_name="__main__")
 
-    with pytest.warns(UserWarning, match="1 of 3 prompts are longer than 40 tokens"):
-        run("--batch-size", "2")
+    run("--batch-size", "2")
     printed = capsys.readouterr()
+    assert "warning: 1 of 3 prompts are longer than 40 tokens and were cut\n" in printed.err
     assert "out.safetensors: 3 prompts" in printed.out and "prompts: 100%" in printed.err
     prompts = load_prompts(tmp_path / "out.safetensors")
     assert prompts.texts[:2] == ("fog", "夜の橋") and prompts.encoder == str(tiny_t5)

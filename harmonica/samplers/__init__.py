@@ -1,7 +1,8 @@
 """Samplers behind one interface: a step is a pure function of the state and the model's output.
 
 A trajectory has to be branched at any step, so state is explicit, and its noise is handed in per
-sample. Where a scheduler of diffusers visits the published timesteps it does the work.
+sample. Where a scheduler of diffusers visits the published timesteps and can take that noise, it
+does the work.
 """
 
 from collections.abc import Callable

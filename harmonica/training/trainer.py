@@ -42,12 +42,12 @@ class Trainer:
         """``random_weights``: freshly initialised ones, for measuring speed."""
         self.config = config
         self.accelerator = _accelerator(config)
-        # One process of a machine fetches missing weights, the others find them.
-        with self.accelerator.local_main_process_first():
-            self.backbone = load_backbone(
-                config, self.accelerator.device, random_weights=random_weights
-            )
-            self.decode = load_decoder(config, self.accelerator.device)
+        # What is missing is fetched or encoded by one process of a machine. The others wait at
+        # its lock for as long as that takes, and not in a collective, which has a time-out.
+        self.backbone = load_backbone(
+            config, self.accelerator.device, random_weights=random_weights
+        )
+        self.decode = load_decoder(config, self.accelerator.device)
         # The trajectory objective makes its own checkpoints, and no graph of what it decides.
         run = call_block
         if config.objective == "sdt":
