@@ -51,7 +51,7 @@ class BenchConfig(BackboneConfig):
         high=1,
     )
     num_images: int = option(8, "images of the batch", aliases=("--batch-size",), low=1)
-    repeats: int = option(5, "timed repetitions after one warm-up", low=1)
+    repeats: int = option(5, "timed repetitions, after warming up", low=1)
     random_weights: bool = option(False, "speed does not depend on weights: draw them")
     out: Path | None = option(None, "JSON report")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from harmonica.denoise import Trajectories
 from harmonica.timing import machine
 
 
@@ -56,7 +57,14 @@ def test_a_sampling_benchmark_names_its_own_flag(sampling, monkeypatch, tmp_path
 
 
 def test_a_training_benchmark(monkeypatch, tmp_path):
-    script = load("bench_training")
+    script, windows = load("bench_training"), []
+    condition = Trajectories._condition
+
+    def counting(batch, steps):
+        windows.append(len(steps))
+        return condition(batch, steps)
+
+    monkeypatch.setattr(Trajectories, "_condition", counting)
     found = run(
         script, monkeypatch, tmp_path / "out.json", "--num-sampling-steps", "4",
         "--global-batch-size", "2", "--lambda-rows", "64",
@@ -67,6 +75,8 @@ def test_a_training_benchmark(monkeypatch, tmp_path):
     assert found["refresh_evaluations"] <= found["refresh_evaluations_limit"]
     # At the last step two forks run in one forward.
     assert found["refresh_forwards"] == 9
+    # Forwards make their conditioning as sweeps do: two of either, with warm-up, and refreshes.
+    assert windows.count(4) == 2 + 2 + 2
     assert found["seconds_per_update"] > 0 and found["forwards_per_update"] > 0
     assert "20000 updates of 2 rows" in found["projected_for"]
     assert "every 200 updates" in found["projected_for"]

@@ -324,15 +324,13 @@ def cases(family: str) -> list[Schedule]:
     return [*last, replace(last[1], predictor=Extrapolation(1, tuple(map(float, range(5)))))]
 
 
-def replay_compiled(family: str, tolerance: float, dtype: torch.dtype = torch.float32) -> None:
+def replay_compiled(family: str, tolerance: float) -> None:
     """Compiled replay of every case is the eager one, with few graphs and no break."""
     batch = tiny_trajectories(family)
-    reduce_precision(batch.model, dtype)
     full = batch.walk(State(batch.x_T), batch.predict).x
     with counted_graphs() as counters:
         for schedule in cases(family):
             eager = Engine(schedule)(batch)
-            # Random weights: reuse has to be seen beyond rounding.
             assert relative(Engine(schedule, COMPILED)(batch), eager) < tolerance
             assert relative(full, eager) > 2 * tolerance
         assert counters["stats"]["unique_graphs"] <= MOST_GRAPHS[family]
@@ -380,8 +378,15 @@ def test_compiled_replay_of_every_family_is_the_same_up_to_rounding(family):
 @needs_compiler
 @torch.no_grad()
 def test_compiled_replay_in_half_precision_differs_by_its_rounding():
-    # Fused, intermediate values are not rounded to 8 bits; eager and exact images differ as much.
-    replay_compiled("dit", 0.015, torch.bfloat16)
+    """2 % of the image, 1.1 % was seen: fused, intermediate values are not rounded to 8 bits."""
+    batch, schedule = tiny_trajectories("dit"), cases("dit")[1]
+    exact = Engine(schedule)(batch)
+    reduce_precision(batch.model, torch.bfloat16)
+    eager, compiled = Engine(schedule)(batch), Engine(schedule, COMPILED)(batch)
+    assert relative(compiled, eager) < 0.02
+    assert relative(compiled, exact) < 1.25 * relative(eager, exact) < 0.02
+    # Reuse has to be seen beyond rounding.
+    assert relative(Engine(None)(batch), eager) > 0.04
 
 
 @pytest.mark.slow
