@@ -39,7 +39,9 @@ from harmonica.samplers import SAMPLERS, State, create_sampler
 from harmonica.sampling import sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
-from harmonica.training.batches import within_memory
+from harmonica.training.config import TrainConfig
+from harmonica.training.learner import StepwiseLearner
+from harmonica.training.trainer import Trainer
 
 NAMES = tuple(f"blocks.{i}.{k}" for i in range(3) for k in ("attn", "mlp"))
 COSTS = Costs(NAMES, (5, 9) * 3, 4)
@@ -238,13 +240,14 @@ def test_an_image_that_does_not_fit_into_memory_is_refused(golden_b, monkeypatch
     assert tried[-1] == 1
 
 
-def test_training_that_does_not_fit_into_memory_is_refused():
-    @within_memory()
-    def learn():
+def test_training_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    def sweep(learner, remaining):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    monkeypatch.setattr(StepwiseLearner, "sweep", sweep)
+    config = TrainConfig(num_sampling_steps=2, global_batch_size=2, results_dir=tmp_path)
     with pytest.raises(HarmonicaError) as refusal:
-        learn()
+        Trainer(config).run()
     for flag in ("--global-batch-size", "--activation-checkpointing", "--lambda-rows"):
         assert flag in str(refusal.value)
 
