@@ -105,6 +105,19 @@ def _acceleration(config: BackboneConfig, device: torch.device) -> Acceleration:
     )
 
 
+def set_float32_products(config: BackboneConfig, device: torch.device) -> None:
+    """How this process multiplies float32 matrices from now on: on a GPU TensorFloat-32 by default.
+
+    Raises:
+        HarmonicaError: the flag asks for what a CPU does not have.
+    """
+    is_gpu = device.type == "cuda"
+    if config.tf32 and not is_gpu:
+        raise HarmonicaError("--tf32 needs a GPU; drop it")
+    rounds = is_gpu if config.tf32 is None else config.tf32
+    torch.set_float32_matmul_precision("high" if rounds else "highest")
+
+
 def load_backbone(
     config: BackboneConfig,
     device: torch.device,
@@ -127,6 +140,7 @@ def load_backbone(
     spec = MODELS[config.model]
     size = spec.image_size if config.image_size is None else config.image_size
     how = _acceleration(config, device)
+    set_float32_products(config, device)
     sampler = create_sampler(
         config.sampler, config.num_sampling_steps, config.eta, spec.noise_schedule
     )

@@ -1,10 +1,10 @@
-"""The two caching branches: Blend, for training, and Replay, which decides.
+"""The caching branches: Blend, for training; Replay, which decides; Reuse, which runs nothing.
 
-Both stand on a :class:`Cache`, which holds the last values of every branch along one trajectory
+They stand on a :class:`Cache`, which holds the last values of every branch along one trajectory
 and is dropped with it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from harmonica.denoise import Trajectories, join_rows, part_rows
 from harmonica.predictors import LAST, Predictor, combine
-from models.branch import Branch
 
 MASKS = ("soft", "hard")
 
@@ -94,6 +93,16 @@ class Blend:
         return blended
 
 
+class Reuse:
+    """What stands in for a branch, known before the step."""
+
+    def __init__(self, cached: Tensor):
+        self.cached = cached
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.cached
+
+
 def fill(cache: Cache, batch: Trajectories, s: int, x: Tensor) -> Tensor:
     """Guided output of a step that computes everything; its values enter the cache."""
     branches = [Blend(None, None) for _ in range(len(cache))]
@@ -101,11 +110,6 @@ def fill(cache: Cache, batch: Trajectories, s: int, x: Tensor) -> Tensor:
     for i, branch in enumerate(branches):
         cache.store(i, s, branch.fresh)
     return output
-
-
-def replay_branches(cache: Cache, s: int, row: Sequence[bool]) -> list[Branch]:
-    """One Replay per branch for step s, whose schedule row is ``row``."""
-    return [Replay(cache, i, s, bool(computes)) for i, computes in enumerate(row)]
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class Masking:
         computes: (T, N) bool, what counts as computed, so that its value enters the cache; known
             before the trajectory starts, so that nothing is read back from the device on the way.
         kind: "soft" blends with the score, as published; "hard" decides, as replay will, and
-            passes the gradient straight through to the score.
+            passes the gradient straight through to the score; "fixed" decides, and scores learn
+            nothing.
         stores_fresh: with "soft", store the computed value rather than the (published) blend.
         predictor: what is made of the cache; its coefficients may be learning.
     """
@@ -132,26 +137,30 @@ class Masking:
 
     def branches(
         self, caches: Sequence[Cache], s: int, logits: Tensor, halves: int = 1
-    ) -> list[Blend]:
+    ) -> list[Blend | Reuse]:
         """Branches of step s, whose router row is ``logits`` (N,).
+
+        A branch that a decision leaves out runs only for the gradient of its score.
 
         Args:
             caches: of trajectories that run side by side; see ``denoise.join_rows``.
         """
         weights = logits.sigmoid()
+        is_fixed = self.kind == "fixed" or (self.kind == "hard" and not torch.is_grad_enabled())
         if self.kind == "hard":
             decided = torch.tensor(self.computes[s], dtype=weights.dtype, device=weights.device)
             weights = decided + (weights - weights.detach())
-        blends = []
+        branches: list[Blend | Reuse] = []
         for i, weight in enumerate(weights.unbind()):
-            cached = None
-            if not caches[0].is_empty(i):
-                cached = join_rows([cache.predict(i, s) for cache in caches], halves)
-            blends.append(Blend(cached, weight))
-        return blends
+            if caches[0].is_empty(i) or (is_fixed and self.computes[s, i]):
+                branches.append(Blend(None, None))
+                continue
+            cached = join_rows([cache.predict(i, s) for cache in caches], halves)
+            branches.append(Reuse(cached) if is_fixed else Blend(cached, weight))
+        return branches
 
     def store(
-        self, caches: Sequence[Cache], s: int, branches: Iterable[Blend], halves: int = 1
+        self, caches: Sequence[Cache], s: int, branches: Sequence[Blend | Reuse], halves: int = 1
     ) -> None:
         """After step s has run with these branches: what counts as computed enters the caches."""
         for i, branch in enumerate(branches):

@@ -89,6 +89,9 @@ class BackboneConfig(Options):
         "guide every latent channel; published DiT guides three of four, as does PixArt with iddpm",
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
+    tf32: bool | None = option(
+        None, "round float32 factors to TensorFloat-32 in matrix products; default: on a GPU"
+    )
     compile: bool | None = option(
         None, "run blocks compiled (needs a C++ compiler on a CPU); default: on a GPU"
     )

@@ -5,6 +5,7 @@ values bit for bit in float32; forecasts, which are folded into the gates, and c
 elsewhere.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -15,15 +16,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.block_reuse import BlockReplay
-from harmonica.denoise import Trajectories
+from harmonica.denoise import Trajectories, precision_of
+from harmonica.errors import HarmonicaError
 from harmonica.predictors import LAST
 from harmonica.replay_plan import Add, Compute, Join, plan_replay
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from models.layers import gated
-from models.transformer import Block, Conditioning, Part, call_block
+from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
 
-# Sums of so many cached values are compiled; longer ones are taken apart.
+# Sums of so many cached values are compiled, one kernel each; longer ones are taken apart.
 ARITIES = (8, 4, 2, 1)
 # Compiled graphs of a function before torch refuses more: some batch sizes and precisions.
 GRAPHS = 64
@@ -121,6 +123,22 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def planned_cache_bytes(
+    schedule: Schedule, model: DiffusionTransformer, size: tuple[int, int], rows: int
+) -> int | None:
+    """Most that replay keeps of branches at once; None where it reuses something else.
+
+    Args:
+        size: height and width of the latents.
+        rows: of the model, guidance halves counted.
+    """
+    if schedule.reuses != "branches":
+        return None
+    plan = plan_replay(schedule.compute, schedule.costs.names, schedule.predictor.depth)
+    numbers = rows * model.tokens_at(*size) * model.config.hidden_size
+    return plan.peak_values * numbers * precision_of(model).itemsize
+
+
 class PlannedReplay:
     """One trajectory of a planned schedule; built for it and dropped with it."""
 
@@ -172,10 +190,17 @@ class PlannedReplay:
             columns.insert(1, self.recipe.weights(s, operation))
         if not self.compiles:
             return add(x, *columns)
-        while columns[0]:
-            arity = next(n for n in ARITIES if n <= len(columns[0]))
-            x = _compiled(add)(x, *(column[:arity] for column in columns))
-            columns = [column[arity:] for column in columns]
+        return self._add_compiled(add, x, list(zip(*columns, strict=True)))
+
+    def _add_compiled(self, add: Callable[..., Tensor], x: Tensor, rows: list[tuple]) -> Tensor:
+        """x after ``add`` of rows of its columns, gates first, in as few graphs as may be."""
+        # Those with a gate by themselves: every mixture would be a graph of its own.
+        for has_gate in (True, False):
+            rest = [row for row in rows if (row[0] is not None) is has_gate]
+            while rest:
+                arity = next(n for n in ARITIES if n <= len(rest))
+                x = _compiled(add)(x, *map(list, zip(*rest[:arity], strict=True)))
+                rest = rest[arity:]
         return x
 
 
@@ -224,9 +249,58 @@ class Engine:
         self._recipe: Recipe | None = None
         self._seen: set[torch.Size] = set()
         self._captured: dict[torch.Size, CapturedTrajectory] = {}
+        self._most: int | None = None  # samples that fit into memory, once more did not
 
     def __call__(self, batch: Trajectories) -> Tensor:
-        """Final latents (n, C, H, W) of a batch; all batches are of one model and sampler."""
+        """Final latents (n, C, H, W) of a batch; all batches are of one model and sampler.
+
+        What does not fit into the memory of a GPU is halved until it does, and so are later ones.
+
+        Raises:
+            HarmonicaError: not even one sample fits.
+        """
+        wanted = len(batch.x_T)
+        size = tried = min(wanted, self._most or wanted)
+        while (final := self._within_memory(batch, size)) is None:
+            size = (size + 1) // 2
+        if size < tried:
+            self._most = size
+            print(
+                f"{tried} images do not fit into the memory of the GPU at once; going on with "
+                f"{size} at a time",
+                file=sys.stderr,
+            )
+        return final
+
+    def _within_memory(self, batch: Trajectories, size: int) -> Tensor | None:
+        """Final latents of a batch, so many samples at a time; None if those are too many."""
+        try:
+            return self._in_parts(batch, size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise HarmonicaError(
+                    "not even one image fits into the memory of the GPU; use --mixed-precision "
+                    "bf16, a smaller --image-size, or another GPU"
+                ) from None
+        # Not in the handler, whose exception holds on to what the attempt has allocated.
+        self._seen.clear()
+        self._captured.clear()
+        torch.cuda.empty_cache()
+        return None
+
+    def _in_parts(self, batch: Trajectories, size: int) -> Tensor:
+        count = len(batch.x_T)
+        if size == count:
+            return self._whole(batch)
+        final = torch.empty_like(batch.x_T)
+        for start in range(0, count, size):
+            # All of one size, for which blocks are compiled: the last may overlap its neighbour.
+            start = min(start, count - size)
+            part = slice(start, start + size)
+            final[part] = self._whole(batch.part(part))
+        return final
+
+    def _whole(self, batch: Trajectories) -> Tensor:
         shape = batch.x_T.shape
         if not self.how.captures or shape not in self._seen:
             self._seen.add(shape)

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import Backbone, load_backbone, select_device
 from harmonica.baselines import METHODS, Plan
-from harmonica.engine import Engine
+from harmonica.engine import Engine, planned_cache_bytes
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
 from harmonica.image_error import ImageError, readable
@@ -23,8 +23,8 @@ from harmonica.plans import choose_plan
 from harmonica.plots import comparison, image_grid
 from harmonica.randomness import Draws
 from harmonica.sample_config import SampleConfig
-from harmonica.sampling import eight_bit, sample, trajectories
-from harmonica.timing import Timing, timed
+from harmonica.sampling import check_finite, eight_bit, sample, trajectories
+from harmonica.timing import Timing, machine, timed
 
 REPORT = "report.json"
 DEFAULT_IMAGES = 16
@@ -76,7 +76,8 @@ def sample_and_report(config: SampleConfig) -> str:
     """Sample, write pictures and ``report.json`` into ``config.out``; returns the printed table.
 
     Raises:
-        HarmonicaError: bad input, or a folder that already holds files of another kind.
+        HarmonicaError: bad input, a folder that already holds files of another kind, or an image
+            that is not finite.
     """
     if config.ddim_sample:
         config = replace(config, sampler="ddim")
@@ -98,6 +99,9 @@ def sample_and_report(config: SampleConfig) -> str:
         name: sample(plan.backbone, plan.schedule, draws, indices, labels, config.batch_size, name)
         for name, plan in plans.items()
     }
+    images = {name: decode(x) for name, x in latents.items()}
+    for name, shown in images.items():
+        check_finite(latents[name], shown, indices, name)
     part = slice(0, config.batch_size)
     with torch.inference_mode():
         times = timed(
@@ -111,7 +115,6 @@ def sample_and_report(config: SampleConfig) -> str:
             config.repeats,
             device,
         )
-    images = {name: decode(x) for name, x in latents.items()}
 
     _remove_pictures(config.out)
     pictures, error = [], None
@@ -125,13 +128,24 @@ def sample_and_report(config: SampleConfig) -> str:
         comparison(pictures[-1], images)
         error = ImageError.between(*reversed(latents.values()), *reversed(images.values()))
     plan = None if chosen is None else chosen[1]
-    write_atomically(
-        config.out / REPORT,
-        json.dumps(_record(config, backbone, plan, times, error), indent=1).encode(),
-    )
+    cached = None if plan is None else _cache_bytes(plan, len(indices[part]))
+    record = {**_record(config, backbone, plan, times, error), "cache_bytes": cached}
+    write_atomically(config.out / REPORT, json.dumps(record, indent=1).encode())
     lines = [f"{'weights':38} {backbone.weights_hash}"]
     lines += _table(plan, Plan(backbone), times, error, len(indices[part]))
+    if cached is not None:
+        lines.append(f"{'cache at its peak, as planned':38} {cached / 2**20:.1f} MiB")
     return "\n".join([*lines, "pictures:", *(f"  {path}" for path in pictures)])
+
+
+def _cache_bytes(plan: Plan, samples: int) -> int | None:
+    """What replay of a batch keeps at most; None without a schedule of single branches."""
+    if plan.schedule is None:
+        return None
+    backbone = plan.backbone
+    rows = samples * backbone.guidance.halves
+    size = backbone.latent_shape[1:]
+    return planned_cache_bytes(plan.schedule, backbone.model, size, rows)
 
 
 def _record(
@@ -145,6 +159,8 @@ def _record(
     return {
         "config": plain(config),
         "weights_hash": backbone.weights_hash,
+        "machine": machine(backbone.device),
+        "acceleration": asdict(backbone.how),
         "setting": None if plan is None else plan.setting,
         "schedule": None if schedule is None else schedule.to_dict(),
         "seconds_per_batch": {name: vars(timing) for name, timing in times.items()},

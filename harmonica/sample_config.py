@@ -140,7 +140,7 @@ class SampleConfig(ReplayConfig):
     batch_size: int = option(64, "images per forward", low=1)
     out: Path = option(Path("samples"), "folder for pictures and the report")
     compare: bool = option(False, "also sample without the router and draw both rows")
-    repeats: int = option(3, "timed repetitions after one warm-up", low=1)
+    repeats: int = option(3, "timed repetitions, after warming up", low=1)
 
     def check(self) -> None:
         """Also: images to look at or to measure, and nothing that is for others."""

@@ -2,12 +2,12 @@
 
 Prints the time of a batch without and with a cache, timed in turn after warm-up; the measured
 speed-up, the theoretical one, and their ratio, the efficiency; arithmetic against the machine's own
-matrix products, measured in the same run; and what the cache holds.
+matrix products, measured in the same run; what the cache holds at most, as planned; and on a GPU
+the peak memory of a batch of either kind, without CUDA graphs.
 """
 
 import json
-import resource
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from harmonica.backbone import DTYPES, Backbone, load_backbone, select_device
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
-from harmonica.denoise import precision_of
-from harmonica.engine import Engine
+from harmonica.denoise import Trajectories
+from harmonica.engine import Engine, planned_cache_bytes
 from harmonica.errors import run_command
 from harmonica.files import write_atomically
 from harmonica.options import option, parse, plain
 from harmonica.predictors import LAST, PREDICTORS, Learned, create_predictor
 from harmonica.randomness import Draws
-from harmonica.replay_plan import plan_replay
 from harmonica.sample_config import known_from_router
 from harmonica.sampling import load_schedule, trajectories, with_predictor
 from harmonica.schedule import Schedule
@@ -44,9 +43,15 @@ class BenchConfig(BackboneConfig):
         "what stands in for a skipped branch; learned: coefficients of the least favourable kind",
         choices=(*PREDICTORS, "learned"),
     )
-    cur: float = option(0.5, "without --path: share of reuse of a random schedule", low=0, high=1)
+    target_cur: float = option(
+        0.5,
+        "without --path: share of reuse of a random schedule",
+        aliases=("--cur",),
+        low=0,
+        high=1,
+    )
     num_images: int = option(8, "images of the batch", aliases=("--batch-size",), low=1)
-    repeats: int = option(5, "timed repetitions after one warm-up", low=1)
+    repeats: int = option(5, "timed repetitions, after warming up", low=1)
     random_weights: bool = option(False, "speed does not depend on weights: draw them")
     out: Path | None = option(None, "JSON report")
 
@@ -63,13 +68,23 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return size**3 / min(timing.low for timing in timed(runs, 5, device).values())
 
 
-def cache_bytes(backbone: Backbone, schedule: Schedule, rows: int) -> int:
-    """What the plan keeps at its peak, for so many rows of the model."""
-    model = backbone.model
-    tokens = model.tokens_at(*backbone.latent_shape[1:])
-    value_bytes = tokens * model.config.hidden_size * precision_of(model).itemsize
-    plan = plan_replay(schedule.compute, schedule.costs.names, schedule.predictor.depth)
-    return plan.peak_values * rows * value_bytes
+def peak_memory(
+    backbone: Backbone, schedules: dict[str, Schedule | None], batch: Trajectories
+) -> dict[str, int]:
+    """Bytes of the GPU at the peak of one batch, for each schedule; nothing on a CPU.
+
+    Graphs are not captured: torch does not count their memory.
+    """
+    device, peaks = backbone.device, {}
+    if device.type != "cuda":
+        return peaks
+    for name, schedule in schedules.items():
+        engine = Engine(schedule, replace(backbone.how, captures=False))
+        engine(batch)  # what compilation takes does not count
+        torch.cuda.reset_peak_memory_stats(device)
+        engine(batch)
+        peaks[f"peak_device_bytes_{name}"] = torch.cuda.max_memory_allocated(device)
+    return peaks
 
 
 @torch.inference_mode()
@@ -78,11 +93,10 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
     device, dtype = backbone.device, DTYPES[config.mixed_precision]
     rows = config.num_images * backbone.guidance.halves
     batch = trajectories(backbone, Draws(0, "sample"), range(config.num_images))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    schedules = {"uncached": None, "cached": schedule}
+    memory = peak_memory(backbone, schedules, batch)
     runs = {
-        "uncached": partial(Engine(None, backbone.how), batch),
-        "cached": partial(Engine(schedule, backbone.how), batch),
+        name: partial(Engine(chosen, backbone.how), batch) for name, chosen in schedules.items()
     }
     if schedule.predictor != LAST:
         last = replace(schedule, predictor=LAST)
@@ -91,11 +105,9 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
     measured = times["uncached"].median / times["cached"].median
     full = schedule.num_steps * schedule.costs.total * rows
     peak = matrix_peak(device, dtype)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
     return {
         **machine(device),
+        **asdict(backbone.how),
         "rows": rows,
         "cur": schedule.cur,
         "seconds_uncached": vars(times["uncached"]),
@@ -107,8 +119,10 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
         "uncached_macs_per_second": full / times["uncached"].median,
         "cached_macs_per_second": schedule.macs * rows / times["cached"].median,
         "matrix_product_macs_per_second": peak,
-        "cache_bytes": cache_bytes(backbone, schedule, rows),
-        "peak_bytes": memory,
+        "cache_bytes": planned_cache_bytes(
+            schedule, backbone.model, backbone.latent_shape[1:], rows
+        ),
+        **memory,
     }
 
 
@@ -137,7 +151,7 @@ def bench() -> None:
     if config.path is not None:
         schedule = load_schedule(config.path, None, backbone)
     else:
-        budget = Budget(cur=config.cur)
+        budget = Budget(cur=config.target_cur)
         schedule = random_schedule(config.num_sampling_steps, backbone.costs, budget, seed=0)
     found = measure(config, backbone, _with_predictor(config, schedule, backbone))
     for name, value in found.items():
@@ -150,7 +164,7 @@ def bench() -> None:
 def _shown(name: str, value: object) -> str:
     if isinstance(value, dict):
         return str(Timing(**value))
-    if name.endswith("_bytes"):
+    if "_bytes" in name and value is not None:
         return f"{value / 2**20:.1f} MiB"
     if name.endswith("_per_second"):
         return f"{value / 1e9:.1f} GMAC/s"

@@ -1,19 +1,22 @@
 """Cost of router training: `python scripts/bench_training.py`, with the flags of train_router.py.
 
 Prints the time of one router update as a multiple of one plain forward of the same rows (3 is the
-ideal: teacher, student, backward), what a lambda refresh costs, peak memory, and how long the
-published 20,000 updates would take. Forwards and updates are timed in turn, so that a busy moment
-hits both; ratios are per pair.
+ideal: teacher, student, backward), what a lambda refresh costs, peak memory, and how long as many
+updates as were published would take with these flags. Forwards and updates are timed in turn, so
+that a busy moment hits both; ratios are per pair.
 """
 
 import json
 import resource
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import write_atomically
 from harmonica.options import option, parse, plain
@@ -51,6 +54,22 @@ def bench() -> None:
         write_atomically(config.out, json.dumps(record, indent=1).encode())
 
 
+@contextmanager
+def counted_forwards() -> Iterator[list[int]]:
+    """One entry, its samples, for every forward of any batch in this context."""
+    counts, evaluate = [], Trajectories.evaluate
+
+    def counting(batch: Trajectories, forward, s: int, x: torch.Tensor) -> torch.Tensor:
+        counts.append(len(x))
+        return evaluate(batch, forward, s, x)
+
+    Trajectories.evaluate = counting
+    try:
+        yield counts
+    finally:
+        Trajectories.evaluate = evaluate
+
+
 def measure(config: BenchConfig, learner: StepwiseLearner) -> dict:
     """Everything that is printed, by name; times in seconds."""
     backbone, steps = learner.backbone, config.num_sampling_steps
@@ -59,17 +78,17 @@ def measure(config: BenchConfig, learner: StepwiseLearner) -> dict:
 
     @torch.inference_mode()
     def forwards() -> None:
+        fresh = replace(batch)  # a sweep makes its conditioning, too
         for s in range(steps):
-            batch.predict(s, batch.x_T)
+            fresh.predict(s, fresh.x_T)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    sizes: list[int] = []
-    hook = backbone.model.blocks[0].register_forward_hook(
-        lambda _, arguments, __: sizes.append(len(arguments[0]))
-    )
-    learner.refresh_weights()
-    hook.remove()
+    tally = learner.batches.tally
+    before = tally.evaluations
+    with counted_forwards() as of_refresh:
+        learner.refresh_weights()
+    evaluations = tally.evaluations - before
     refresh = seconds(learner.refresh_weights, device)
     # Later trajectories do not refresh: what is timed is updates alone.
     learner.refresh_at = float("inf")
@@ -85,20 +104,25 @@ def measure(config: BenchConfig, learner: StepwiseLearner) -> dict:
     trajectories = PUBLISHED_UPDATES / (steps - 1)
     found = {
         **machine(device),
+        **asdict(backbone.how),
         "rows": rows,
         "seconds_per_update": per_update,
         "forwards_per_update": statistics.median(ratios),
         "forwards_per_update_range": [min(ratios), max(ratios)],
-        "refresh_evaluations": sum(sizes) / (learner.lambda_samples * backbone.guidance.halves),
+        "refresh_evaluations": evaluations / learner.lambda_samples,
         "refresh_evaluations_limit": steps + steps * (steps + 1) // 2,
-        "refresh_forwards": len(sizes),
+        "refresh_forwards": len(of_refresh),
         "refresh_seconds": refresh,
-        "hours_of_published_updates": (
+        "hours_projected": (
             PUBLISHED_UPDATES * per_update
             + trajectories * per_update / statistics.median(ratios)
             + PUBLISHED_UPDATES / config.lambda_c * refresh
         )
         / 3600,
+        "projected_for": (
+            f"{PUBLISHED_UPDATES} updates of {rows} rows a process, and a refresh of "
+            f"{config.lambda_batch_size} rows in all every {config.lambda_c} updates"
+        ),
         "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if device.type == "cuda":

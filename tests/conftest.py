@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from harmonica import engine
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.flops import Costs, measure_costs
 from harmonica.samplers import Sampler, create_sampler
@@ -133,6 +134,16 @@ def relative(value: Tensor, reference: Tensor) -> float:
     """Relative L2 distance; NaN never passes a comparison."""
     reference = reference.double()
     return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Blocks are traced as for compilation, which takes long, and the graphs run as they are."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, backend="eager", **k))
+    engine._compiled.cache_clear()
+    yield
+    engine._compiled.cache_clear()
 
 
 def free_port() -> int:

@@ -1,12 +1,16 @@
 """Tiny random models of every family, for properties that all of them share."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from harmonica.cache import Cache, Replay
 from harmonica.denoise import Guidance, Trajectories
-from harmonica.samplers import Sampler, create_sampler
+from harmonica.samplers import Sampler, State, create_sampler
+from harmonica.schedule import Schedule
 from models import MODELS, ModelSpec
+from models.branch import Branch
 from models.dit import DiT, DiTConfig
 from models.pixart import PixArt, PixArtConfig
 from models.prompts import Prompts
@@ -111,3 +115,18 @@ def tiny_trajectories(
         "x_T": torch.randn(shape, generator=torch.Generator().manual_seed(2)),
     }
     return Trajectories(**{**fields, **changes})
+
+
+def replay_branches(cache: Cache, s: int, row: Sequence[bool]) -> list[Branch]:
+    """One Replay per branch for step s, whose schedule row is ``row``."""
+    return [Replay(cache, i, s, bool(computes)) for i, computes in enumerate(row)]
+
+
+def by_branches(batch: Trajectories, schedule: Schedule) -> torch.Tensor:
+    """What the model's own forward makes of caching branches: what an engine is held against."""
+    cache = Cache(len(batch.model.branch_names), schedule.predictor)
+
+    def predict(s, x):
+        return batch.predict(s, x, replay_branches(cache, s, schedule.compute[s]))
+
+    return batch.walk(State(batch.x_T), predict).x

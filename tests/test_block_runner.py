@@ -13,18 +13,18 @@ from harmonica.training.objective import Student, iepo_loss, leave_one_out
 from harmonica.training.sdt import train_trajectory
 
 
-def gradients(golden: Golden, run) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(golden: Golden, run, kind: str = "soft") -> tuple[torch.Tensor, torch.Tensor]:
     """Of every row of the scores, and where the student ends."""
     router = Router(golden.logits)
     schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
     batch = golden.trajectories(run=run)
-    masking = Masking(schedule.compute, "soft", stores_fresh=True)
+    masking = Masking(schedule.compute, kind, stores_fresh=True)
     # What a refresh runs, too: forced steps, and forks side by side.
     with torch.no_grad():
         errors = leave_one_out(Student(batch, golden.logits, masking, most_rows=24))
     assert errors.image.isfinite().all()
     end = train_trajectory(
-        batch, router, masking, lambda o: iepo_loss(o.error, o.scores, 1.0, 0.0).backward()
+        batch, router, masking, lambda o: iepo_loss(o.error, o.scores, 1.0, 1e-3).backward()
     )
     return torch.stack([row.grad for row in router.rows]), end.x
 
@@ -53,3 +53,14 @@ def test_a_checkpointed_or_compiled_step_has_the_same_gradients(golden_b, compil
             assert relative(found, plain) < 1e-3 and relative(other, end) < 1e-5
         else:
             assert torch.equal(found, plain) and torch.equal(other, end)
+
+
+@pytest.mark.parametrize("kind", ["hard", "fixed"])
+def test_hard_decisions_are_traced_whole_with_few_graphs(golden_b, kind, traced, monkeypatch):
+    # Four choices of what a block runs, of one rollout and of several side by side, and with
+    # gradients the decisions that learn; whatever the number of steps and blocks.
+    monkeypatch.setattr("harmonica.engine.GRAPHS", 16)
+    torch._dynamo.reset()
+    plain, end = gradients(golden_b, block_runner(False, False), kind)
+    found, other = gradients(golden_b, block_runner(True, False), kind)
+    assert relative(found, plain) < 1e-5 and relative(other, end) < 1e-5

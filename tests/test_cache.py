@@ -1,10 +1,12 @@
 """Replay and Blend: what is taken from the cache, and what it equals."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import Golden, relative
+from families import replay_branches
 
-from harmonica.cache import Cache, Masking, Replay, replay_branches
+from harmonica.cache import Cache, Masking, Replay
 from harmonica.engine import Engine
 from harmonica.router import threshold_schedule
 from harmonica.samplers import State, create_sampler
@@ -19,7 +21,9 @@ def images(batch, schedule=None) -> torch.Tensor:
 def test_all_true_replay_is_the_plain_model_bit_for_bit(golden: Golden):
     full = Schedule.full(golden.num_steps, golden.costs)
     batch = golden.trajectories()
-    assert torch.equal(images(batch, full), images(batch))
+    with torch.no_grad():
+        plain = batch.walk(State(batch.x_T), batch.predict).x
+    assert torch.equal(images(batch, full), plain)
 
 
 def test_hard_replay_equals_the_published_trajectory(golden: Golden):
@@ -115,3 +119,42 @@ def test_replay_works_with_a_stochastic_sampler(golden: Golden):
     schedule = threshold_schedule(golden.logits, golden.costs, 0.3)
     assert images(batch, schedule).isfinite().all()
     assert not torch.equal(images(batch, schedule), images(batch))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "hard"])
+def test_decisions_that_learn_nothing_run_nothing_that_they_reuse(golden: Golden, kind):
+    """Without a gradient for the scores, replay does: also of rollouts side by side."""
+    schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
+    masking = Masking(schedule.compute, kind, stores_fresh=True)
+    batch, caches, ran = golden.trajectories(), [masking.cache(), masking.cache()], []
+    double = batch.repeated(2)
+
+    def counting(branch, i):
+        def call(fn, x):
+            return branch(lambda h: ran.append(i) or fn(h), x)
+
+        return call
+
+    def predict(s, x):
+        branches = masking.branches(caches, s, golden.logits[s], batch.guidance.halves)
+        counted = [counting(branch, i) for i, branch in enumerate(branches)]
+        output = double.predict(s, x, counted)
+        masking.store(caches, s, branches, batch.guidance.halves)
+        return output
+
+    with torch.no_grad():
+        final = double.walk(State(double.x_T), predict).x
+    assert len(ran) == schedule.compute.sum()
+    for part in final.chunk(2):
+        assert relative(part, images(batch, schedule)) < 1e-6
+
+
+def test_fixed_decisions_pass_gradients_to_what_stands_in():
+    masking = Masking(np.array([[True], [False]]), "fixed", stores_fresh=True)
+    cache, x = masking.cache(), torch.zeros(1)
+    learning = torch.ones(1, requires_grad=True)
+    cache.store(0, 0, 3 * learning)
+    scores = torch.zeros(1, requires_grad=True)
+    (branch,) = masking.branches([cache], 1, scores)
+    branch(lambda x: x / 0, x).sum().backward()
+    assert learning.grad.item() == 3 and scores.grad is None

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
-from families import CONFIGS, tiny, tiny_trajectories
+from families import CONFIGS, by_branches, tiny, tiny_trajectories
 
 from harmonica.backbone import reduce_precision
 from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
-from harmonica.cache import Cache, replay_branches
 from harmonica.engine import Engine, PlannedReplay
 from harmonica.flops import measure_costs
 from harmonica.predictors import Extrapolation
@@ -21,16 +20,6 @@ from harmonica.schedule import Schedule
 from models.branch import compute
 
 every_family = pytest.mark.parametrize("family", CONFIGS)
-
-
-def by_branches(batch, schedule: Schedule) -> torch.Tensor:
-    """What the model's own forward makes of caching branches."""
-    cache = Cache(len(batch.model.branch_names), schedule.predictor)
-
-    def predict(s, x):
-        return batch.predict(s, x, replay_branches(cache, s, schedule.compute[s]))
-
-    return batch.walk(State(batch.x_T), predict).x
 
 
 @every_family

@@ -14,13 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, free_port, relative, run_command
-from families import tiny
+from families import replay_branches, tiny
 
 from harmonica.backbone import Backbone, load_backbone
-from harmonica.cache import Blend, Cache, replay_branches
+from harmonica.cache import Blend, Cache
 from harmonica.conditions import Placeholders
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance
+from harmonica.engine import EAGER
 from harmonica.errors import HarmonicaError
 from harmonica.flops import measure_costs
 from harmonica.interruption import Interruption
@@ -28,7 +29,7 @@ from harmonica.labelled_images import LabelledImages
 from harmonica.randomness import Draws
 from harmonica.router import Router, RouterFile, load_router, save_router
 from harmonica.samplers import SAMPLERS, State, create_sampler
-from harmonica.sampling import load_schedule, sample
+from harmonica.sampling import load_schedule, sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches, samples_per_process
 from harmonica.training.config import TrainConfig
@@ -377,7 +378,9 @@ def test_training_on_a_gpu(precision, tmp_path):
     )  # fmt: skip
     directory = trainer.run()
     assert load_router(directory.path).schedule.cur == 0.5
-    full = Schedule.full(4, trainer.backbone.costs)
-    draws = Draws(0, "sample")
-    replayed = sample(trainer.backbone, full, draws, range(4))
-    assert torch.equal(replayed, sample(trainer.backbone, None, draws, range(4)))
+    backbone, draws = replace(trainer.backbone, how=EAGER), Draws(0, "sample")
+    full = Schedule.full(4, backbone.costs)
+    replayed = sample(backbone, full, draws, range(4))
+    batch = trajectories(backbone, draws, range(4))
+    with torch.inference_mode():
+        assert torch.equal(replayed, batch.walk(State(batch.x_T), batch.predict).x.cpu())

@@ -1,8 +1,10 @@
 """This process's part of global batches."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -29,6 +31,22 @@ def samples_per_process(rows: int, halves: int, processes: int, flag: str) -> in
             what += " of two guidance halves"
         raise HarmonicaError(f"{flag} {rows} is not divisible by {what}; use {fitting}")
     return rows // unit
+
+
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """Batches that are too large for a GPU are said so in a sentence: smaller ones learn otherwise.
+
+    Raises:
+        HarmonicaError: so it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise HarmonicaError(
+            "training does not fit into the memory of the GPU; add --activation-checkpointing, "
+            "lower --global-batch-size, or lower --lambda-rows if it was a refresh of lambda"
+        ) from None
 
 
 @dataclass(frozen=True)

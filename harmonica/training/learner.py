@@ -171,7 +171,7 @@ class StepwiseLearner:
 
     def masking(self) -> Masking:
         """How the scores act on the next trajectory: they cut where the exported schedule cuts."""
-        kind = self.config.mask if self.frozen is None else "hard"
+        kind = self.config.mask if self.frozen is None else "fixed"
         return Masking(self._decided().compute, kind, self.config.stores_fresh, self.values.live())
 
     def logits(self) -> Tensor:

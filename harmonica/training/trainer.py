@@ -21,7 +21,7 @@ from harmonica.plots import comparison, router_heatmap
 from harmonica.randomness import Draws
 from harmonica.router import RouterFile, save_router
 from harmonica.sampling import load_schedule, sample
-from harmonica.training.batches import Batches
+from harmonica.training.batches import Batches, within_memory
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, peers
 from harmonica.training.learner import Learner, StepwiseLearner
@@ -73,6 +73,7 @@ class Trainer:
         self.learner: Learner = kind(config, batches, consensus, frozen)
 
     @peers()
+    @within_memory()
     def run(self) -> RunDirectory | None:
         """Train, export, draw; the run directory on the main process, None on the others.
 

@@ -1,0 +1,88 @@
+"""The benchmarks run, and report what they say they do."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+from harmonica.denoise import Trajectories
+from harmonica.timing import machine
+
+
+def load(name: str):
+    """A script, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script, monkeypatch, out, *arguments: str) -> dict:
+    """What it writes for these flags."""
+    flags = [*arguments, "--random-weights", "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["bench", *flags])
+    script.bench()
+    return json.loads(out.read_text())
+
+
+@pytest.fixture
+def sampling(monkeypatch):
+    script = load("bench_sampling")
+    monkeypatch.setitem(script.PEAK_SIZE, "cpu", 64)
+    return script
+
+
+def test_a_sampling_benchmark(sampling, monkeypatch, tmp_path, capsys):
+    found = run(
+        sampling, monkeypatch, tmp_path / "out.json", "--num-sampling-steps", "2",
+        "--num-images", "1", "--predictor", "taylor1",
+    )  # fmt: skip
+    assert found["config"]["target_cur"] == found["cur"] == 0.5
+    assert found["rows"] == 2 and found["compiles"] is found["captures"] is False
+    assert found["theoretical_speedup"] > 1.8
+    assert found["efficiency"] == found["measured_speedup"] / found["theoretical_speedup"]
+    # The second of two steps reuses all 24 branches: 64 tokens of width 192 in float32.
+    assert found["cache_bytes"] == 24 * 2 * 64 * 192 * 4
+    assert {"seconds_uncached", "seconds_cached", "seconds_cached_last_values"} <= found.keys()
+    assert "2.2 MiB" in capsys.readouterr().out
+
+
+def test_a_sampling_benchmark_names_its_own_flag(sampling, monkeypatch, tmp_path, capsys):
+    arguments = ("--num-sampling-steps", "2", "--cur", "0.99")
+    with pytest.raises(SystemExit):
+        run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
+    assert "--target-cur 0.99 is out of reach" in capsys.readouterr().err
+
+
+def test_a_training_benchmark(monkeypatch, tmp_path):
+    script, windows = load("bench_training"), []
+    condition = Trajectories._condition
+
+    def counting(batch, steps):
+        windows.append(len(steps))
+        return condition(batch, steps)
+
+    monkeypatch.setattr(Trajectories, "_condition", counting)
+    found = run(
+        script, monkeypatch, tmp_path / "out.json", "--num-sampling-steps", "4",
+        "--global-batch-size", "2", "--lambda-rows", "64",
+    )  # fmt: skip
+    assert found["rows"] == 2
+    # Four steps of the base, three forced ones, and what is left of each: two, one, none.
+    assert found["refresh_evaluations"] == 4 + 3 + 3
+    assert found["refresh_evaluations"] <= found["refresh_evaluations_limit"]
+    # At the last step two forks run in one forward.
+    assert found["refresh_forwards"] == 9
+    # Forwards make their conditioning as sweeps do: two of either, with warm-up, and refreshes.
+    assert windows.count(4) == 2 + 2 + 2
+    assert found["seconds_per_update"] > 0 and found["forwards_per_update"] > 0
+    assert "20000 updates of 2 rows" in found["projected_for"]
+    assert "every 200 updates" in found["projected_for"]
+
+
+def test_a_report_says_what_it_was_measured_on():
+    found = machine(torch.device("cpu"))
+    assert {"python", "cuda", "harmonica", "commit", "torch", "float32_products"} <= found.keys()
+    assert found["processor"] not in ("", "x86_64")
