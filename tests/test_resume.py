@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Group
 
+from harmonica.baselines.fixed import evenly_spaced
+from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError, Interrupted
-from harmonica.files import sha256
+from harmonica.files import sha256, write_checked
+from harmonica.options import flag_of
 from harmonica.training.checkpoint import Checkpoints, unpack
 from harmonica.training.config import TrainConfig
+from harmonica.training.exchanges import Exchanges
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
 
@@ -22,6 +27,11 @@ SMALL = {
     "num_sampling_steps": 3, "global_batch_size": 2, "cfg_scale": 1.0, "lambda_c": 4,
     "log_every": 1,
 }  # fmt: skip
+
+
+def without_pictures() -> None:
+    """In processes of a group: they take longer than the training here."""
+    Trainer._export = lambda self, directory: None
 
 
 class Training(Trainer):
@@ -84,6 +94,7 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
 ):
     directory = train(tmp_path, max_steps=3)
     good = newest(directory)
+    faults.add("disk full")
     assert good.name == "0000002.pt"  # the second trajectory was cut short
     before = sha256(good)
     with (
@@ -99,6 +110,7 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
     flipped = bytearray(newest(directory).read_bytes())
     flipped[len(flipped) // 2] ^= 1
     newest(directory).write_bytes(flipped)
+    faults.add("checkpoint cut or with a bit flipped")
     capsys.readouterr()
     train(tmp_path, max_steps=7, resume="auto")
     said = capsys.readouterr().err
@@ -110,10 +122,11 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
 
     for path in directory.checkpoints.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
-        train(tmp_path, max_steps=7, resume="auto")
-    faults.add("disk full", 1)
-    faults.add("checkpoint cut or with a bit flipped", 2)
+    faults.add("checkpoint cut or with a bit flipped")
+    for _ in range(2):  # nor does the run begin anew when they have been set aside
+        with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
+            train(tmp_path, max_steps=7, resume="auto")
+    assert (directory.path / "metrics.jsonl").read_text() == lines[0]
 
 
 @pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])
@@ -150,6 +163,83 @@ def test_signals_make_it_safe_and_lose_nothing(whole, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1 and directory.is_dir()
 
 
+def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole(
+    whole, tmp_path, monkeypatch, faults
+):
+    def interrupted(path, content):
+        monkeypatch.undo()
+        faults.add("SIGTERM, SIGUSR1, Ctrl-C while writing")
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(0.1)  # the thread that makes things safe wants to write it too
+        write_checked(path, content)
+
+    monkeypatch.setattr("harmonica.training.checkpoint.write_checked", interrupted)
+    with pytest.raises(Interrupted, match=r"0000002\.pt"):
+        train(tmp_path, max_steps=7, ckpt_every=2)
+    directory = train(tmp_path, max_steps=7, ckpt_every=2, resume="auto")
+    assert learned(directory) == learned(whole)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
+    arguments = [part for name, value in SMALL.items() for part in (flag_of(name), value)]
+    group = Group("train", *arguments, "--max-steps", 3, "--results-dir", "runs", folder=tmp_path,
+                  fault=without_pictures)  # fmt: skip
+    assert group.wait() == [0, 0], group.said()
+    directory = train(tmp_path / "runs", max_steps=7, resume="auto")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    logits = [
+        torch.stack(list(unpack(newest(run).read_bytes())["learner"]["router"].values()))
+        for run in (directory, whole)
+    ]
+    # Sums over processes round otherwise.
+    assert (logits[0] - logits[1]).abs().max() < 5e-3
+
+
+def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch, capsys):
+    options = {
+        "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 1, "max_steps": 2,
+        "refine": 2, "predictor": "learned", "fit": "least-squares",
+    }  # fmt: skip
+    ended = []
+
+    def finished(self, directory):
+        ended.append((self.learner.schedule(), self.learner.history))
+
+    monkeypatch.setattr(Training, "_export", finished)
+    train(tmp_path / "one", **options)
+    attempt = Exchanges.attempt
+
+    def interrupted(self, count):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not ended[1:]
+        monkeypatch.setattr(Exchanges, "attempt", attempt)
+        return attempt(self, count)
+
+    monkeypatch.setattr(Exchanges, "attempt", interrupted)
+    with pytest.raises(Interrupted, match=r"0000002\.pt: go on with --resume"):
+        train(tmp_path / "two", **options)
+    train(tmp_path / "two", resume="auto", **options)
+    assert ended[0] == ended[1]
+
+
+def test_a_run_does_not_go_on_with_other_files(tmp_path, labelled_images, bundled_costs):
+    schedule = tmp_path / "schedule.json"
+    evenly_spaced(3, bundled_costs, Budget(cur=0.5)).save(schedule)
+    ways = {
+        "--data": {"method": "learning-to-cache", "data": str(labelled_images), "target_cur": 0.2},
+        "--freeze-schedule": {"freeze_schedule": schedule, "predictor": "learned"},
+    }
+    for flag, options in ways.items():
+        train(tmp_path / flag, max_steps=2, **options)
+    next(labelled_images.rglob("*.png")).unlink()
+    evenly_spaced(3, bundled_costs, Budget(cur=0.3)).save(schedule)
+    for flag, options in ways.items():
+        before = sha256(newest(RunDirectory(tmp_path / flag / "000-DiT-Ti-4-T3")))
+        with pytest.raises(HarmonicaError, match=f"--resume: {flag} .*start a new run"):
+            train(tmp_path / flag, max_steps=4, resume="auto", **options)
+        assert sha256(newest(RunDirectory(tmp_path / flag / "000-DiT-Ti-4-T3"))) == before
+
+
 def test_a_run_that_is_busy_is_made_safe_all_the_same(tmp_path):
     """The checkpoint is written while the main thread is in something long."""
     options = {**SMALL, "lambda_c": 2, "max_steps": 7}
@@ -176,12 +266,12 @@ def test_a_run_that_is_busy_is_made_safe_all_the_same(tmp_path):
 def test_a_run_goes_on_only_as_what_it_is(tmp_path, faults):
     directory = train(tmp_path, max_steps=2)
     resume = str(directory.path)
+    faults.add("second run in the same directory")
     with (
         directory.exclusive(),
         pytest.raises(HarmonicaError, match=rf"in use by process {os.getpid()} on \S+, since"),
     ):
         train(tmp_path, max_steps=4, resume="auto")
-    faults.add("second run in the same directory", 1)
     for option, value in {
         "num_sampling_steps": 4, "sampler": "iddpm", "cfg_scale": 2.0, "model": "DiT-Ti/2",
         "global_batch_size": 8, "global_seed": 1,
