@@ -195,7 +195,7 @@ def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
     assert (logits[0] - logits[1]).abs().max() < 5e-3
 
 
-def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch, capsys):
+def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch):
     options = {
         "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 1, "max_steps": 2,
         "refine": 2, "predictor": "learned", "fit": "least-squares",
@@ -207,17 +207,18 @@ def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(Training, "_export", finished)
     train(tmp_path / "one", **options)
-    attempt = Exchanges.attempt
+    attempt, attempts = Exchanges.attempt, []
 
     def interrupted(self, count):
+        attempts.append(count)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert not ended[1:]
-        monkeypatch.setattr(Exchanges, "attempt", attempt)
         return attempt(self, count)
 
-    monkeypatch.setattr(Exchanges, "attempt", interrupted)
-    with pytest.raises(Interrupted, match=r"0000002\.pt: go on with --resume"):
-        train(tmp_path / "two", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(Exchanges, "attempt", interrupted)
+        with pytest.raises(Interrupted, match=r"0000002\.pt: go on with --resume"):
+            train(tmp_path / "two", **options)
+    assert len(attempts) == 1
     train(tmp_path / "two", resume="auto", **options)
     assert ended[0] == ended[1]
 

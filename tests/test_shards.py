@@ -115,9 +115,13 @@ def test_damage_in_the_part_of_another_process_is_mended(made, tmp_path, monkeyp
     assert sha256(out / NAME) == sha256(made / NAME)
 
     damage()
+    # A process was killed while it wrote pictures.
+    (out / "shards" / "000003.png.json").unlink()
+    (out / "images" / ".000004.png.0123abcd.tmp").touch()
     monkeypatch.setenv("WORLD_SIZE", "2")
     sample_many(replace(FEW, out=out))
     assert sha256(out / NAME) == sha256(made / NAME)
+    assert not list(out.rglob("*.tmp"))
 
 
 def at_work(claims: Path, seconds: float, ready) -> None:
