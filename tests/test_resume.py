@@ -5,11 +5,14 @@ import hashlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, free_port
 from processes import Group
 
 from harmonica.baselines.fixed import evenly_spaced
@@ -193,6 +196,25 @@ def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
     ]
     # Sums over processes round otherwise.
     assert (logits[0] - logits[1]).abs().max() < 5e-3
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(tmp_path):
+    """Two processes, as it starts them on a machine of two GPUs."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    arguments = [str(ROOT / "train_router.py"), "--resume", "auto", "--num-sampling-steps", "3"]
+    arguments += ["--cfg-scale", "1", "--max-steps", "2", "--lambda-batch-size", "2"]
+
+    def launched(size: str) -> subprocess.CompletedProcess:
+        words = [*launch, *arguments, "--global-batch-size", size]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    refused = launched("3")
+    assert refused.returncode != 0 and "not divisible by 2 processes; use 2 or 4" in refused.stderr
+    done = launched("2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "000-DiT-Ti-4-T3" / "router.safetensors").is_file()
 
 
 def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch):
