@@ -8,23 +8,28 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, free_port
+from families import PIXART, tiny, tiny_specs
 from processes import Group
+from safetensors.torch import save_file
 
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256, write_checked
 from harmonica.options import flag_of
+from harmonica.prompts import EncodedPrompts, save_prompts
 from harmonica.training.checkpoint import Checkpoints, unpack
 from harmonica.training.config import TrainConfig
 from harmonica.training.exchanges import Exchanges
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
+from models import MODELS
 
 SMALL = {
     "num_sampling_steps": 3, "global_batch_size": 2, "cfg_scale": 1.0, "lambda_c": 4,
@@ -261,6 +266,31 @@ def test_a_run_does_not_go_on_with_other_files(tmp_path, labelled_images, bundle
         with pytest.raises(HarmonicaError, match=f"--resume: {flag} .*start a new run"):
             train(tmp_path / flag, max_steps=4, resume="auto", **options)
         assert sha256(newest(RunDirectory(tmp_path / flag / "000-DiT-Ti-4-T3"))) == before
+
+
+def test_a_run_does_not_go_on_with_other_prompts(tmp_path, monkeypatch):
+    spec = replace(tiny_specs()["tiny-PixArt"], config=PIXART)
+    monkeypatch.setitem(MODELS, spec.name, spec)
+    monkeypatch.setattr("harmonica.training.trainer.load_decoder", lambda *_: None)
+    weights, prompts = tmp_path / "weights.safetensors", tmp_path / "prompts.safetensors"
+    save_file(tiny("pixart").state_dict(), weights)
+    tokens, channels = PIXART.max_tokens, PIXART.caption_channels
+
+    def encoded(*texts: str, scale: float) -> EncodedPrompts:
+        embeddings = torch.full((len(texts) + 1, tokens, channels), scale).half()
+        mask = torch.ones(len(texts) + 1, tokens, dtype=torch.bool)
+        return EncodedPrompts(texts, embeddings[1:], mask[1:], embeddings[0], mask[0], "T5")
+
+    def train_on(*texts: str, scale: float = 1.0, **options) -> None:
+        save_prompts(prompts, encoded(*texts, scale=scale))
+        train(tmp_path / "runs", model=spec.name, ckpt=weights, prompts=prompts, **options)
+
+    train_on("a cat", "a dog", max_steps=2)
+    with pytest.raises(HarmonicaError, match=r"--resume: --prompts .* put the earlier file back"):
+        train_on("a cat", "a cow", max_steps=4, resume="auto")
+    # Encoded again, where numbers round otherwise, they are the same prompts.
+    train_on("a cat", "a dog", scale=1.001, max_steps=4, resume="auto")
+    assert newest(RunDirectory(tmp_path / "runs" / "000-tiny-PixArt-T3")).stem == "0000004"
 
 
 def test_a_run_that_is_busy_is_made_safe_all_the_same(tmp_path):
