@@ -1,6 +1,8 @@
 """Latents to images and back: the autoencoders of latent models, through diffusers."""
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
 from harmonica.hub import part_folder
-from models import MODELS, PIXELS
+from models import MODELS, PIXELS, LatentSpace
 
 # Sides in latent pixels above which an image is decoded in overlapping tiles: 1024 pixels.
 LARGEST_WHOLE = 128
@@ -51,26 +53,43 @@ def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
     return loaded.to(device).eval()
 
 
-def load_decoder(config: BackboneConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class Decoder:
     """Latents (n, C, h, w) to images (n, 3, H, W) in [0, 1], on the CPU.
 
-    Pixel-space models need none; others use their autoencoder, an image at a time, and large ones
+    Pixel-space models need no autoencoder; others use theirs, an image at a time, and large ones
     in tiles.
     """
-    space = MODELS[config.model].latent
-    if space is PIXELS:
-        return lambda x: ((x.float() + 1) / 2).clamp(0, 1).cpu()
-    vae = load_autoencoder(config, device)
+
+    space: LatentSpace
+    autoencoder: Any = None
 
     @torch.inference_mode()
-    def decode(x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        vae = self.autoencoder
+        if vae is None:
+            return ((x.float() + 1) / 2).clamp(0, 1).cpu()
         if max(x.shape[-2:]) > LARGEST_WHOLE:
             vae.enable_tiling()
-        latents = (x / space.scale).float().to(device)
+        latents = (x / self.space.scale).float().to(vae.device)
         images = [((vae.decode(one[None]).sample + 1) / 2).clamp(0, 1).cpu() for one in latents]
         return torch.cat(images).float()
 
-    return decode
+    def weights_hash(self) -> str | None:
+        """sha256 of what decodes, first 16 hex digits; None without an autoencoder."""
+        if self.autoencoder is None:
+            return None
+        digest = hashlib.sha256()
+        for name, tensor in self.autoencoder.state_dict().items():
+            if name.startswith(("decoder.", "post_quant_conv.")):
+                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_decoder(config: BackboneConfig, device: torch.device) -> Decoder:
+    """The decoder of the configuration."""
+    space = MODELS[config.model].latent
+    return Decoder(space, None if space is PIXELS else load_autoencoder(config, device))
 
 
 def load_encoder(config: BackboneConfig, device: torch.device) -> Callable[[Tensor], Tensor]:

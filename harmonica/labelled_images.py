@@ -1,6 +1,9 @@
 """Labelled images: for training the bundled networks, and for Learning-to-Cache."""
 
+import hashlib
+import json
 import tarfile
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +44,12 @@ class LabelledImages(Dataset):
             ) from None
         self.labels: list[int] = self._source.targets
         self.classes: list[str] = self._source.classes
+
+    @cached_property
+    def listing_hash(self) -> str:
+        """sha256 of which images there are, in which order and classes; not of what is in them."""
+        paths = [path for path, _ in getattr(self._source, "imgs", [])]
+        return hashlib.sha256(json.dumps([paths, self.labels]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._source)

@@ -29,7 +29,7 @@ from harmonica.randomness import Draws
 from harmonica.report import check_classes
 from harmonica.sample_config import NOT_OF_THE_IMAGES, SampleConfig
 from harmonica.sampling import check_finite, eight_bit, sample
-from harmonica.shards import Origin, Shard, ShardFolder, divide
+from harmonica.shards import DamagedShard, Origin, Shard, ShardFolder, divide
 
 POLL_S = 0.5
 
@@ -110,18 +110,22 @@ def _prepare(config: SampleConfig, rank: Rank) -> tuple[Maker, Origin]:
     chosen = choose_plan(config, backbone)
     plan = Plan(backbone) if chosen is None else chosen[1]
     options = {k: v for k, v in plain(config).items() if k not in NOT_OF_THE_IMAGES}
+    decode = load_decoder(config, device)
     origin = Origin(
         {
             **options,
             "method": None if config.method is None else f"{config.method} {plan.setting}".strip(),
             "prompts": conditions.content_hash(),
+            "compile": backbone.how.compiles,
         },
         backbone.weights_hash,
         None if plan.schedule is None else plan.schedule.hash,
+        decode.weights_hash(),
+        device.type,
     )
     maker = Maker(
         plan,
-        load_decoder(config, device),
+        decode,
         Engine(plan.schedule, plan.backbone.how),
         Draws(config.seed, "sample"),
         config.classes or tuple(range(conditions.count)),
@@ -145,8 +149,9 @@ class Work:
             *(shard for shard in shards if shard.number % rank.world != rank.number),
         ]
         # Known to be whole, by content: each process reads its own part, the main one the rest
-        # when it puts them together.
+        # when it puts them together, or before that once it has found one of them damaged.
         self.checked: set[int] = set()
+        self.trusts_others = True
         # Known to be there, whoever made them.
         self.seen: set[int] = set()
         self.looked = -math.inf
@@ -159,30 +164,31 @@ class Work:
             Interrupted: a signal came.
         """
         with self.interruption, self._bar() as bar:
-            changed = time.monotonic()
+            news, since = None, 0.0
             while missing := [shard for shard in self.order if not self._is_done(shard)]:
-                before = len(missing)
                 busy = [shard for shard in missing if not self._make(shard, bar)]
                 self._show(bar)
-                if len(busy) < before:
-                    changed = time.monotonic()
-                elif not self.rank.is_main:
+                if len(busy) < len(missing):
+                    continue
+                if not self.rank.is_main:
                     return
-                elif time.monotonic() - changed > self.config.timeout:
+                known, news = news, (len(missing), self.folder.life())
+                if news != known:
+                    since = time.monotonic()
+                elif time.monotonic() - since > self.config.timeout:
                     raise HarmonicaError(
-                        f"no shard was finished for {self.config.timeout} s: another process does "
+                        f"no image was made for {self.config.timeout} s: another process does "
                         "not answer; stop it and run the same command again, or raise --timeout"
                     )
-                else:
-                    time.sleep(POLL_S)
-                    self._stop_if_asked()
+                time.sleep(POLL_S)
+                self._stop_if_asked()
 
     def _is_done(self, shard: Shard) -> bool:
         if shard.number in self.checked:
             return True
-        own = shard.number % self.rank.world == self.rank.number
-        done = self.folder.is_done(shard, self.config.png, thorough=own)
-        if done and own:
+        reads = shard.number % self.rank.world == self.rank.number or not self.trusts_others
+        done = self.folder.is_done(shard, self.config.png, thorough=reads)
+        if done and reads:
             self.checked.add(shard.number)
         return done
 
@@ -200,6 +206,7 @@ class Work:
             return True
 
     def _after(self, bar: tqdm, made: int) -> None:
+        self.folder.show_life()
         self._show(bar, made)
         self._stop_if_asked()
 
@@ -264,7 +271,12 @@ def sample_many(config: SampleConfig) -> str | None:
         work.run()
         if not rank.is_main:
             return None
-        path = folder.assemble(work.shards)
+        try:
+            path = folder.assemble(work.shards)
+        except DamagedShard:  # of another's part; who made that may be gone, or making it again
+            work.trusts_others = False
+            work.run()
+            path = folder.assemble(work.shards)
     lines = [f"{config.num_samples} images: {path}"]
     if config.png:
         lines.append(f"PNG files: {folder.picture(0).parent}")

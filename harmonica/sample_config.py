@@ -16,9 +16,9 @@ from harmonica.router import SEMANTICS, load_router
 SHARED_WITH_ROUTER = ("model", "image_size", "num_classes", "sampler", "eta", "cfg_scale")
 # What does not change an image of a given index.
 NOT_OF_THE_IMAGES = (
-    "path", "ckpt", "accelerate_method", "ddim_sample", "num_images", "num_samples", "png",
-    "timeout", "batch_size", "out", "compare", "repeats", "compile", "cuda_graphs",
-    "text_encoder",
+    "path", "ckpt", "vae", "accelerate_method", "ddim_sample", "num_images", "num_samples", "png",
+    "timeout", "batch_size", "out", "compare", "repeats", "compile",
+    "cuda_graphs", "text_encoder",
 )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ class SampleConfig(ReplayConfig):
     png: bool = option(False, "with --num-samples: PNG files too")
     shard_size: int = option(128, "images per shard of --num-samples", low=1)
     timeout: int = option(
-        900, "with --num-samples: seconds to wait for a process that finishes no shard", low=1
+        900, "with --num-samples: seconds to wait for a process that makes no image", low=1
     )
     seed: int = option(0, "seed of noise and labels", aliases=("--global-seed",), low=0, high=2**32)
     batch_size: int = option(64, "images per forward", low=1)

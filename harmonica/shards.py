@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,6 +34,10 @@ from harmonica.options import flag_of
 
 MANIFEST = "manifest.json"
 SHARDS, PICTURES = "shards", "images"
+
+
+class DamagedShard(HarmonicaError):
+    """A shard that is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,15 @@ class Origin:
         config: options that change images, by field name.
         weights: hash of the backbone's.
         router: hash of the schedule that is replayed; None computes everything.
+        autoencoder: hash of what makes pixels of latents; None where the model does.
+        device: kind that rounds as it does.
     """
 
     config: dict[str, Any]
     weights: str
     router: str | None
+    autoencoder: str | None = None
+    device: str = "cpu"
 
     @property
     def config_hash(self) -> str:
@@ -75,20 +84,19 @@ class Origin:
     @property
     def hashes(self) -> dict[str, str | None]:
         """What a manifest records of it."""
-        return {"config": self.config_hash, "weights": self.weights, "router": self.router}
+        return {**asdict(self), "config": self.config_hash}
 
     def difference(self, recorded: Any) -> str | None:
-        """What a folder's manifest says otherwise, as a flag and its value; None if nothing."""
+        """What a folder's manifest says otherwise, by name and value; None if nothing."""
         known = recorded if isinstance(recorded, dict) else {}
         config = known.get("config")
         config = config if isinstance(config, dict) else {}
         for name, value in self.config.items():
             if config.get(name) != value:
                 return f"{flag_of(name)} {config.get(name)}, not {value}"
-        if known.get("weights") != self.weights:
-            return f"weights {known.get('weights')}, not {self.weights}"
-        if known.get("router") != self.router:
-            return f"schedule {known.get('router')}, not {self.router}"
+        for name in ("weights", "router", "autoencoder", "device"):
+            if known.get(name) != getattr(self, name):
+                return f"{name} {known.get(name)}, not {getattr(self, name)}"
         return None
 
 
@@ -125,13 +133,13 @@ class ShardFolder:
         root, flag = self.root, self._flag
         if root.exists() and not root.is_dir():
             raise HarmonicaError(f"{flag} {root} is a file; pass a folder")
-        if root.is_dir() and not (root / MANIFEST).exists():
-            foreign = [path.name for path in root.iterdir() if not path.name.startswith(".")]
-            if foreign:
+        # Before the manifest, with which another process may begin the folder meanwhile.
+        files = list(root.glob("[!.]*")) if root.is_dir() else []
+        if not (root / MANIFEST).exists():
+            if files:
                 raise HarmonicaError(
                     f"{flag} {root} holds files but no {MANIFEST} of images; pass another folder"
                 )
-        if not (root / MANIFEST).exists():
             return
         different = self.origin.difference(read_json(root / MANIFEST))
         if different is not None:
@@ -190,10 +198,22 @@ class ShardFolder:
             return False
         return not pictures or self._has_pictures(shard)
 
+    @property
+    def _claims(self) -> Path:
+        return self.root / SHARDS / ".claims"
+
+    def show_life(self) -> None:
+        """For processes that wait for this one: see ``life``."""
+        os.utime(self._claims)
+
+    def life(self) -> int:
+        """Another number whenever any process has shown life; not a time, as clocks differ."""
+        return self._claims.stat().st_mtime_ns
+
     @contextlib.contextmanager
     def claim(self, shard: Shard) -> Iterator[bool]:
         """Whether this process may make the shard, which nobody else does meanwhile."""
-        with (self.root / SHARDS / ".claims").open("ab") as file:
+        with self._claims.open("ab") as file:
             try:
                 # A byte of one file stands for a shard, whether it is in the file or not.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard.number)
@@ -229,13 +249,14 @@ class ShardFolder:
         """Images (n, H, W, 3) uint8 of a shard that is done.
 
         Raises:
-            HarmonicaError: it is not any more.
+            DamagedShard: it is not any more.
         """
         manifest = self._read_manifest(shard) or {}
-        array, digest = read_array(self._data(shard))
-        if digest != manifest.get("sha256") or array.dtype != np.uint8 or array.ndim != 4:
-            raise HarmonicaError(f"{self._data(shard)} has changed; run the same command again")
-        return array[: len(shard.indices)]
+        with contextlib.suppress(HarmonicaError):  # no whole file
+            array, digest = read_array(self._data(shard))
+            if digest == manifest.get("sha256") and array.dtype == np.uint8 and array.ndim == 4:
+                return array[: len(shard.indices)]
+        raise DamagedShard(f"{self._data(shard)} has changed; run the same command again")
 
     # PNG files.
 
@@ -257,6 +278,10 @@ class ShardFolder:
     def write_pictures(self, shard: Shard) -> None:
         """``images/000000.png`` ... of a shard that is done."""
         digests = []
+        own = {self.picture(index).name for index in shard.indices}
+        for stale in (self.root / PICTURES).glob(".*.tmp"):
+            if stale.name[1:].rsplit(".", 2)[0] in own:
+                stale.unlink(missing_ok=True)
         for index, image in zip(shard.indices, self.read(shard), strict=True):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, format="PNG")
@@ -270,13 +295,16 @@ class ShardFolder:
         """``arr_0`` (N, H, W, 3) uint8 in index order in one npz, a shard at a time in memory.
 
         Nothing in the file depends on when or by whom it was made.
+
+        Raises:
+            DamagedShard: one is not what was written, or is being made again.
         """
         count, shape = shards[-1].stop, self.read(shards[0]).shape[1:]
         size = "x".join(map(str, (count, *shape)))
         path = self.root / f"samples_{size}.npz"
         if path.is_file() and recorded(path) == sha256(path):
             return path
-        for stale in self.root.glob(f".{path.name}.*.tmp"):
+        for stale in self.root.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
         header = {
             "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),

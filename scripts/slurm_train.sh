@@ -17,29 +17,5 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 if [ $# -eq 0 ]; then
   set -- --config configs/dit_xl2_256_t20.yaml
 fi
-export MASTER_ADDR
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-# With the store of the rendezvous shared, a restart can meet what the last attempt left in it.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-
-srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
-  --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
-  --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-  --rdzv_endpoint="$MASTER_ADDR:29500" --max-restarts=3 \
-  train_router.py --resume auto "$@" &
-launch=$!
-
-# torchrun passes SIGTERM on: a checkpoint is written, all processes leave, the job comes back.
-ending=0
-trap 'ending=1; kill -TERM "$launch" 2>/dev/null' USR1 TERM
-status=0
-wait "$launch" || status=$?
-# A signal interrupts the waiting; the processes want a moment to end.
-while kill -0 "$launch" 2>/dev/null; do
-  status=0
-  wait "$launch" || status=$?
-done
-if [ "$ending" -eq 1 ] && [ "$status" -ne 0 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+source scripts/slurm_launch.sh
+launch train_router.py --resume auto "$@"

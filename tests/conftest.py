@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,9 @@ from models import create_model
 from models.dit import DiT, DiTConfig
 
 ROOT = Path(__file__).parent.parent
-FAULTS: dict[str, int] = {}
+INJECTED: Counter[str] = Counter()
+SURVIVED: Counter[str] = Counter()
+PASSED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser):
@@ -31,16 +35,25 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What was survived, in the nightly form: a test that fails has lost something."""
+    """What was survived, in the nightly form."""
     if not terminalreporter.config.getoption("--soak"):
         return
-    lost = len(terminalreporter.stats.get("failed", []))
     terminalreporter.write_line("| fault | injected | survived | lost |")
     terminalreporter.write_line("|---|---|---|---|")
-    for name, count in FAULTS.items():
-        terminalreporter.write_line(f"| {name} | {count} | {count} | 0 |")
-    if lost:
-        terminalreporter.write_line(f"| faults of the {lost} tests that failed | ? | ? | ? |")
+    for name, count in INJECTED.items():
+        survived = SURVIVED[name]
+        terminalreporter.write_line(f"| {name} | {count} | {survived} | {count - survived} |")
+    broken = sum(len(terminalreporter.stats.get(kind, [])) for kind in ("failed", "error"))
+    if broken:
+        terminalreporter.write_line(f"{broken} tests failed or could not begin: there may be more")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -57,15 +70,22 @@ def nightly(request) -> None:
 
 
 class Faults:
-    """Counts faults that were injected and survived, at the end of their test."""
+    """Counts the faults of a test as they are injected: they are survived if the test passes."""
 
-    def add(self, name: str, count: int) -> None:
-        FAULTS[name] = FAULTS.get(name, 0) + count
+    def __init__(self):
+        self.injected: Counter[str] = Counter()
+
+    def add(self, name: str, count: int = 1) -> None:
+        self.injected[name] += count
 
 
-@pytest.fixture(scope="session")
-def faults() -> Faults:
-    return Faults()
+@pytest.fixture
+def faults(request) -> Iterator[Faults]:
+    counted = Faults()
+    yield counted
+    INJECTED.update(counted.injected)
+    if request.node.stash.get(PASSED, False):
+        SURVIVED.update(counted.injected)
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -59,8 +59,13 @@ class Group:
             process.start()
             self.processes.append(process)
 
-    def kill(self, rank: int, signum: int = signal.SIGKILL) -> None:
-        os.kill(self.processes[rank].pid, signum)
+    def kill(self, rank: int, signum: int = signal.SIGKILL) -> bool:
+        """Whether the process was still there to get the signal."""
+        process = self.processes[rank]
+        if not process.is_alive():
+            return False
+        os.kill(process.pid, signum)
+        return True
 
     @property
     def is_running(self) -> bool:

@@ -5,23 +5,41 @@ import hashlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, free_port
+from families import PIXART, tiny, tiny_specs
+from processes import Group
+from safetensors.torch import save_file
 
+from harmonica.baselines.fixed import evenly_spaced
+from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError, Interrupted
-from harmonica.files import sha256
+from harmonica.files import sha256, write_checked
+from harmonica.options import flag_of
+from harmonica.prompts import EncodedPrompts, save_prompts
 from harmonica.training.checkpoint import Checkpoints, unpack
 from harmonica.training.config import TrainConfig
+from harmonica.training.exchanges import Exchanges
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
+from models import MODELS
 
 SMALL = {
     "num_sampling_steps": 3, "global_batch_size": 2, "cfg_scale": 1.0, "lambda_c": 4,
     "log_every": 1,
 }  # fmt: skip
+
+
+def without_pictures() -> None:
+    """In processes of a group: they take longer than the training here."""
+    Trainer._export = lambda self, directory: None
 
 
 class Training(Trainer):
@@ -84,6 +102,7 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
 ):
     directory = train(tmp_path, max_steps=3)
     good = newest(directory)
+    faults.add("disk full")
     assert good.name == "0000002.pt"  # the second trajectory was cut short
     before = sha256(good)
     with (
@@ -99,6 +118,7 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
     flipped = bytearray(newest(directory).read_bytes())
     flipped[len(flipped) // 2] ^= 1
     newest(directory).write_bytes(flipped)
+    faults.add("checkpoint cut or with a bit flipped")
     capsys.readouterr()
     train(tmp_path, max_steps=7, resume="auto")
     said = capsys.readouterr().err
@@ -110,10 +130,11 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
 
     for path in directory.checkpoints.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
-        train(tmp_path, max_steps=7, resume="auto")
-    faults.add("disk full", 1)
-    faults.add("checkpoint cut or with a bit flipped", 2)
+    faults.add("checkpoint cut or with a bit flipped")
+    for _ in range(2):  # nor does the run begin anew when they have been set aside
+        with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
+            train(tmp_path, max_steps=7, resume="auto")
+    assert (directory.path / "metrics.jsonl").read_text() == lines[0]
 
 
 @pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])
@@ -150,6 +171,128 @@ def test_signals_make_it_safe_and_lose_nothing(whole, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1 and directory.is_dir()
 
 
+def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole(
+    whole, tmp_path, monkeypatch, faults
+):
+    def interrupted(path, content):
+        monkeypatch.undo()
+        faults.add("SIGTERM, SIGUSR1, Ctrl-C while writing")
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(0.1)  # the thread that makes things safe wants to write it too
+        write_checked(path, content)
+
+    monkeypatch.setattr("harmonica.training.checkpoint.write_checked", interrupted)
+    with pytest.raises(Interrupted, match=r"0000002\.pt"):
+        train(tmp_path, max_steps=7, ckpt_every=2)
+    directory = train(tmp_path, max_steps=7, ckpt_every=2, resume="auto")
+    assert learned(directory) == learned(whole)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path):
+    arguments = [part for name, value in SMALL.items() for part in (flag_of(name), value)]
+    group = Group("train", *arguments, "--max-steps", 3, "--results-dir", "runs", folder=tmp_path,
+                  fault=without_pictures)  # fmt: skip
+    assert group.wait() == [0, 0], group.said()
+    directory = train(tmp_path / "runs", max_steps=7, resume="auto")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    logits = [
+        torch.stack(list(unpack(newest(run).read_bytes())["learner"]["router"].values()))
+        for run in (directory, whole)
+    ]
+    # Sums over processes round otherwise.
+    assert (logits[0] - logits[1]).abs().max() < 5e-3
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(tmp_path):
+    """Two processes, as it starts them on a machine of two GPUs."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    arguments = [str(ROOT / "train_router.py"), "--resume", "auto", "--num-sampling-steps", "3"]
+    arguments += ["--cfg-scale", "1", "--max-steps", "2", "--lambda-batch-size", "2"]
+
+    def launched(size: str) -> subprocess.CompletedProcess:
+        words = [*launch, *arguments, "--global-batch-size", size]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    refused = launched("3")
+    assert refused.returncode != 0 and "not divisible by 2 processes; use 2 or 4" in refused.stderr
+    done = launched("2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "000-DiT-Ti-4-T3" / "router.safetensors").is_file()
+
+
+def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch):
+    options = {
+        "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 1, "max_steps": 2,
+        "refine": 2, "predictor": "learned", "fit": "least-squares",
+    }  # fmt: skip
+    ended = []
+
+    def finished(self, directory):
+        ended.append((self.learner.schedule(), self.learner.history))
+
+    monkeypatch.setattr(Training, "_export", finished)
+    train(tmp_path / "one", **options)
+    attempt, attempts = Exchanges.attempt, []
+
+    def interrupted(self, count):
+        attempts.append(count)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return attempt(self, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Exchanges, "attempt", interrupted)
+        with pytest.raises(Interrupted, match=r"0000002\.pt: go on with --resume"):
+            train(tmp_path / "two", **options)
+    assert len(attempts) == 1
+    train(tmp_path / "two", resume="auto", **options)
+    assert ended[0] == ended[1]
+
+
+def test_a_run_does_not_go_on_with_other_files(tmp_path, labelled_images, bundled_costs):
+    schedule = tmp_path / "schedule.json"
+    evenly_spaced(3, bundled_costs, Budget(cur=0.5)).save(schedule)
+    ways = {
+        "--data": {"method": "learning-to-cache", "data": str(labelled_images), "target_cur": 0.2},
+        "--freeze-schedule": {"freeze_schedule": schedule, "predictor": "learned"},
+    }
+    for flag, options in ways.items():
+        train(tmp_path / flag, max_steps=2, **options)
+    next(labelled_images.rglob("*.png")).unlink()
+    evenly_spaced(3, bundled_costs, Budget(cur=0.3)).save(schedule)
+    for flag, options in ways.items():
+        before = sha256(newest(RunDirectory(tmp_path / flag / "000-DiT-Ti-4-T3")))
+        with pytest.raises(HarmonicaError, match=f"--resume: {flag} .*start a new run"):
+            train(tmp_path / flag, max_steps=4, resume="auto", **options)
+        assert sha256(newest(RunDirectory(tmp_path / flag / "000-DiT-Ti-4-T3"))) == before
+
+
+def test_a_run_does_not_go_on_with_other_prompts(tmp_path, monkeypatch):
+    spec = replace(tiny_specs()["tiny-PixArt"], config=PIXART)
+    monkeypatch.setitem(MODELS, spec.name, spec)
+    monkeypatch.setattr("harmonica.training.trainer.load_decoder", lambda *_: None)
+    weights, prompts = tmp_path / "weights.safetensors", tmp_path / "prompts.safetensors"
+    save_file(tiny("pixart").state_dict(), weights)
+    tokens, channels = PIXART.max_tokens, PIXART.caption_channels
+
+    def encoded(*texts: str, scale: float) -> EncodedPrompts:
+        embeddings = torch.full((len(texts) + 1, tokens, channels), scale).half()
+        mask = torch.ones(len(texts) + 1, tokens, dtype=torch.bool)
+        return EncodedPrompts(texts, embeddings[1:], mask[1:], embeddings[0], mask[0], "T5")
+
+    def train_on(*texts: str, scale: float = 1.0, **options) -> None:
+        save_prompts(prompts, encoded(*texts, scale=scale))
+        train(tmp_path / "runs", model=spec.name, ckpt=weights, prompts=prompts, **options)
+
+    train_on("a cat", "a dog", max_steps=2)
+    with pytest.raises(HarmonicaError, match=r"--resume: --prompts .* put the earlier file back"):
+        train_on("a cat", "a cow", max_steps=4, resume="auto")
+    # Encoded again, where numbers round otherwise, they are the same prompts.
+    train_on("a cat", "a dog", scale=1.001, max_steps=4, resume="auto")
+    assert newest(RunDirectory(tmp_path / "runs" / "000-tiny-PixArt-T3")).stem == "0000004"
+
+
 def test_a_run_that_is_busy_is_made_safe_all_the_same(tmp_path):
     """The checkpoint is written while the main thread is in something long."""
     options = {**SMALL, "lambda_c": 2, "max_steps": 7}
@@ -176,12 +319,12 @@ def test_a_run_that_is_busy_is_made_safe_all_the_same(tmp_path):
 def test_a_run_goes_on_only_as_what_it_is(tmp_path, faults):
     directory = train(tmp_path, max_steps=2)
     resume = str(directory.path)
+    faults.add("second run in the same directory")
     with (
         directory.exclusive(),
         pytest.raises(HarmonicaError, match=rf"in use by process {os.getpid()} on \S+, since"),
     ):
         train(tmp_path, max_steps=4, resume="auto")
-    faults.add("second run in the same directory", 1)
     for option, value in {
         "num_sampling_steps": 4, "sampler": "iddpm", "cfg_scale": 2.0, "model": "DiT-Ti/2",
         "global_batch_size": 8, "global_seed": 1,

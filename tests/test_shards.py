@@ -1,24 +1,32 @@
 """Many samples: the same files whatever the processes, batches and accidents on the way."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
+import time
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from families import tiny, tiny_specs
 from PIL import Image
+from processes import CONTEXT, Group
+from safetensors.torch import save
+from test_resume import full_disk
 
 from harmonica import commands, many_samples
 from harmonica.errors import HarmonicaError, Interrupted
-from harmonica.files import Npz, sha256
+from harmonica.files import Npz, sha256, write_atomically, write_checked
 from harmonica.lock import held
 from harmonica.many_samples import sample_many
 from harmonica.sample_config import SampleConfig
 from harmonica.shards import Origin, ShardFolder, divide
+from models import MODELS, WeightSource
 
 FEW = SampleConfig(num_sampling_steps=2, cfg_scale=1.0, num_samples=10, shard_size=3, png=True)
 NAME = "samples_10x32x32x3.npz"
@@ -65,6 +73,7 @@ def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(made, tmp_pat
     picture = out / "images" / "000001.png"
     picture.write_bytes(picture.read_bytes()[:-5])
     (out / NAME).write_bytes(b"PK")
+    faults.add("shard, picture or npz deleted, cut, replaced", 6)
     sample_many(replace(FEW, out=out, batch_size=7))
     after = states(out)
     assert {name: digest for name, (digest, _) in after.items()} == {
@@ -73,7 +82,120 @@ def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(made, tmp_pat
     # A whole folder is left alone.
     sample_many(replace(FEW, out=out))
     assert states(out) == after
-    faults.add("shard, picture or npz deleted, cut, replaced", 6)
+
+
+def slowly() -> None:
+    """The second process makes an image in a third of a second."""
+    from harmonica.many_samples import Maker
+
+    batch = Maker._batch
+
+    def slow(self, indices):
+        time.sleep(float(os.environ["RANK"]) / 3)
+        return batch(self, indices)
+
+    Maker._batch = slow
+
+
+def test_damage_in_the_part_of_another_process_is_mended(made, tmp_path, monkeypatch, faults):
+    """By that one, while the main process waits; or by the main one, if that one is gone."""
+    out = tmp_path / "samples"
+    shutil.copytree(made, out)
+
+    def damage():
+        for name in (NAME, "shards/000003.npy", "shards/000009.npy"):
+            (out / name).write_bytes((out / name).read_bytes()[:-1])
+        faults.add("shard, picture or npz deleted, cut, replaced", 3)
+
+    damage()
+    arguments = ["--num-sampling-steps", 2, "--cfg-scale", 1, "--num-samples", 10, "--png"]
+    arguments += ["--shard-size", 3, "--out", "samples"]
+    group = Group("sample", *arguments, folder=tmp_path, fault=slowly)
+    assert group.wait() == [0, 0], group.said()
+    assert sha256(out / NAME) == sha256(made / NAME)
+
+    damage()
+    # A process was killed while it wrote pictures.
+    (out / "shards" / "000003.png.json").unlink()
+    (out / "images" / ".000004.png.0123abcd.tmp").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sample_many(replace(FEW, out=out))
+    assert sha256(out / NAME) == sha256(made / NAME)
+    assert not list(out.rglob("*.tmp"))
+
+
+def at_work(claims: Path, seconds: float, ready) -> None:
+    """A process at the first shard that shows life, by a clock that goes backwards."""
+    with claims.open("ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, 0)
+        ready.set()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            os.utime(claims, (0, end - time.monotonic()))
+            time.sleep(0.1)
+        time.sleep(60 if seconds == 0 else 0)
+
+
+@contextlib.contextmanager
+def another_process(out: Path, seconds: float):
+    """For so long it is at work; none: it does not answer."""
+    ready = CONTEXT.Event()
+    process = CONTEXT.Process(target=at_work, args=(out / "shards" / ".claims", seconds, ready))
+    process.start()
+    ready.wait(60)
+    yield
+    process.kill()
+    process.join()
+
+
+def test_a_slow_process_is_waited_for_and_a_silent_one_is_not(made, tmp_path, monkeypatch, faults):
+    out = tmp_path / "samples"
+    shutil.copytree(made, out)
+    monkeypatch.setattr(many_samples, "POLL_S", 0.1)
+    (out / "shards" / "000000.npy").unlink()
+    config = replace(FEW, out=out, timeout=1)
+    with (
+        another_process(out, 0),
+        pytest.raises(HarmonicaError, match=r"no image was made for 1 s: .*raise --timeout"),
+    ):
+        faults.add("a process that does not answer")
+        sample_many(config)
+    with another_process(out, 2):
+        faults.add("clock going backwards")
+        sample_many(config)
+    assert sha256(out / NAME) == sha256(made / NAME)
+
+
+def test_a_folder_that_another_process_begins_meanwhile_is_its_own(tmp_path, monkeypatch):
+    folder, listed = ShardFolder(tmp_path / "new", Origin({}, "weights", None)), os.scandir
+    folder.root.mkdir()
+
+    def late(path):
+        if Path(path) == folder.root:
+            monkeypatch.undo()
+            folder.make()
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", late)
+    monkeypatch.setattr("os.listdir", lambda path: [entry.name for entry in late(path)])
+    folder.refuse_foreign()
+    assert (folder.root / "manifest.json").is_file()
+
+
+def test_a_full_disk_ends_it_and_what_was_made_stands(made, tmp_path, faults):
+    out = tmp_path / "samples"
+    sample_many(replace(FEW, out=out, num_samples=3, png=False))
+    before = states(out)
+    faults.add("disk full")
+    with (
+        full_disk(),
+        pytest.raises(HarmonicaError, match=r"cannot write .*000003.npy: .*make"),
+    ):
+        sample_many(replace(FEW, out=out))
+    after = states(out)
+    assert before.items() <= after.items() and not list(out.rglob("*.tmp"))
+    sample_many(replace(FEW, out=out))
+    assert sha256(out / NAME) == sha256(made / NAME)
 
 
 def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeypatch, faults):
@@ -82,6 +204,7 @@ def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeyp
 
     def interrupted(self, bar, number):
         if len(self.checked) == 2:
+            faults.add("SIGTERM while sampling")
             os.kill(os.getpid(), signal.SIGTERM)
         after(self, bar, number)
 
@@ -90,10 +213,55 @@ def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeyp
         with pytest.raises(Interrupted, match=r"6 of 10 images .* run the same command again"):
             sample_many(config)
     assert not (out / NAME).exists()
-    monkeypatch.setattr("socket.socket", None)  # nothing is fetched: everything is there
     sample_many(config)
     assert sha256(out / NAME) == sha256(made / NAME)
-    faults.add("SIGTERM while sampling, then no network", 1)
+
+
+@pytest.fixture
+def cached_zoo_model(tmp_path, monkeypatch) -> str:
+    """A latent model that was fetched before: its weights, and its autoencoder as the Hub's."""
+    from diffusers import AutoencoderKL
+
+    name = "tiny-DiT"
+    source = WeightSource("tiny.safetensors", ("https://example.com/tiny.safetensors",), 1)
+    monkeypatch.setitem(MODELS, name, replace(tiny_specs()[name], weights={64: source}))
+    monkeypatch.setattr("harmonica.downloads.CACHE", tmp_path)
+    write_checked(tmp_path / source.file, save(tiny("dit").state_dict()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    repository = tmp_path / "models--stabilityai--sd-vae-ft-ema"
+    write_atomically(repository / "refs" / "main", b"0" * 40)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, sample_size=32,
+    ).save_pretrained(repository / "snapshots" / ("0" * 40))  # fmt: skip
+    return name
+
+
+def test_what_was_fetched_is_sampled_without_a_network(
+    cached_zoo_model, tmp_path, monkeypatch, faults
+):
+    refused = []
+
+    def refuse(*address, **_):
+        refused.append(address)
+        raise OSError("the network is down")
+
+    for name in ("socket.getaddrinfo", "socket.socket.connect"):
+        monkeypatch.setattr(name, refuse)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the Hub's attempts
+    faults.add("network down")
+    config = SampleConfig(
+        model=cached_zoo_model, num_samples=2, num_sampling_steps=2, out=tmp_path / "samples"
+    )
+    config.check()
+    assert "samples_2x64x64x3.npz" in sample_many(config)
+    assert refused  # it was asked for, whether there is a newer autoencoder
+    manifest = json.loads((config.out / "manifest.json").read_text())
+    assert len(manifest["autoencoder"]) == 16
+    with pytest.raises(HarmonicaError, match=r"ema.* cannot be loaded .* connect to the internet"):
+        shutil.rmtree(tmp_path / "models--stabilityai--sd-vae-ft-ema")
+        sample_many(config)
 
 
 def test_more_samples_are_added_to_fewer(made, tmp_path):
@@ -104,7 +272,7 @@ def test_more_samples_are_added_to_fewer(made, tmp_path):
     assert (out / "samples_4x32x32x3.npz").is_file()
 
 
-def test_other_images_and_other_files_are_refused(made, tmp_path):
+def test_other_images_and_other_files_are_refused(made, tmp_path, monkeypatch):
     before = states(made)
     for change, named in {
         "seed": (1, "--seed 0, not 1"),
@@ -118,6 +286,13 @@ def test_other_images_and_other_files_are_refused(made, tmp_path):
             sample_many(replace(FEW, out=made, **{change: value}))
     with pytest.raises(HarmonicaError, match="--method None, not fora"):
         sample_many(replace(FEW, out=made, method="fora", target_speedup=1.5))
+    monkeypatch.setattr("harmonica.autoencoder.Decoder.weights_hash", lambda _: "another")
+    with pytest.raises(HarmonicaError, match="autoencoder None, not another"):
+        sample_many(replace(FEW, out=made))
+    monkeypatch.undo()
+    origin = Origin({"compile": True}, "weights", None, None, "cuda")
+    assert origin.difference({"config": {"compile": False}}) == "--compile False, not True"
+    assert origin.difference(asdict(origin) | {"device": "cpu"}) == "device cpu, not cuda"
     assert states(made) == before
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -67,7 +67,7 @@ class Checkpoints:
         Those that are damaged are renamed, so that they stay and are not taken again.
 
         Raises:
-            HarmonicaError: all of them are.
+            HarmonicaError: all of them are, or were found to be when one was last looked for.
         """
         for stale in self.folder.glob(".*.tmp"):  # of a process that was killed
             stale.unlink(missing_ok=True)
@@ -82,8 +82,10 @@ class Checkpoints:
                 continue
             self._saved = int(path.stem)
             return content, [*said, f"going on from {path}"]
-        if said:
-            raise HarmonicaError(f"no checkpoint in {self.folder} is whole; start a new run")
+        if any(self.folder.glob("*.pt.damaged")):
+            raise HarmonicaError(
+                f"no checkpoint in {self.folder} is whole; start a new run without --resume"
+            )
         return None, [f"{self.folder} holds no checkpoint; training starts at its beginning"]
 
     def _found(self) -> list[Path]:

@@ -67,6 +67,17 @@ class Consensus:
     def __init__(self, accelerator: Accelerator, interruption: Interruption):
         self.accelerator, self.interruption = accelerator, interruption
 
+    def stop_if_asked(self) -> None:
+        """Where no update is due for long.
+
+        Raises:
+            Interrupted: on every process; one of them was asked to end.
+        """
+        signum = self.interruption.signal or 0
+        asked = torch.tensor(float(signum > 0), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, "sum").item():
+            raise Interrupted(max(self._of_all(signum)))
+
     def average(self, gradient: Tensor, loss: Tensor, origin: Origin) -> Tensor:
         """The mean over processes of a gradient of any shape; ``loss`` () is this process's.
 

@@ -10,7 +10,8 @@ latents are the autoencoder's mode rather than a draw, so that a sample is a fun
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,21 @@ class LearningToCache(TrainingMethod):
 
         loader = DataLoader(self.images, batch_sampler=places(), num_workers=self.num_workers)
         return iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images.listing_hash}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse other images than those of the sweeps before.
+
+        Raises:
+            HarmonicaError: they are.
+        """
+        if state.get("images", self.images.listing_hash) != self.images.listing_hash:
+            raise HarmonicaError(
+                "--resume: --data has other images than the run was trained on; put the earlier "
+                "ones back, or start a new run"
+            )
 
     def train(
         self,

@@ -1,5 +1,6 @@
 """A training run of a router: learning, logging, checkpoints, export."""
 
+import hashlib
 import time
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -13,10 +14,11 @@ from tqdm import tqdm
 from harmonica import __version__
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
+from harmonica.conditions import Conditions, PromptList
 from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.interruption import Interruption
-from harmonica.options import plain
+from harmonica.options import flag_of, plain
 from harmonica.plots import comparison, router_heatmap
 from harmonica.randomness import Draws
 from harmonica.router import RouterFile, save_router
@@ -69,6 +71,11 @@ class Trainer:
                     f"--freeze-schedule {config.freeze_schedule} reuses no single branches, so "
                     "there are no coefficients to learn; pass another schedule"
                 )
+        # Of files, which may change before the run goes on.
+        self._hashes = {
+            "prompts": _texts_hash(self.backbone.conditions),
+            "freeze_schedule": frozen and frozen.hash,
+        }
         kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
         self.learner: Learner = kind(config, batches, consensus, frozen)
 
@@ -152,6 +159,7 @@ class Trainer:
             "versions": {"harmonica": __version__, "torch": str(torch.__version__)},
             "config": plain(self.config),
             "weights_hash": self.backbone.weights_hash,
+            "hashes": self._hashes,
             "learner": self.learner.state_dict(),
             "effort": asdict(self.effort),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -168,6 +176,12 @@ class Trainer:
                 f"--resume: the run was trained on weights {state['weights_hash']}, these are "
                 f"{self.backbone.weights_hash}; pass its weights with --ckpt"
             )
+        for name, known in state.get("hashes", {}).items():
+            if self._hashes.get(name) != known:
+                raise HarmonicaError(
+                    f"--resume: {flag_of(name)} is not what the run was trained with; put the "
+                    "earlier file back, or start a new run"
+                )
         try:
             self.learner.load_state_dict(state["learner"])
             self._earlier = Effort(**state.get("effort", {}))
@@ -249,6 +263,13 @@ class Trainer:
             for name, choice in {"uncached": None, "with router": schedule}.items()
         }
         comparison(directory.path / "samples.png", rows)
+
+
+def _texts_hash(conditions: Conditions) -> str | None:
+    """sha256 of prompts as texts: what an encoder makes of them is rounded as its device does."""
+    if not isinstance(conditions, PromptList):
+        return None
+    return hashlib.sha256("\n".join(conditions.encoded.texts).encode()).hexdigest()
 
 
 def _passes(before: int, after: int, every: int) -> bool:

@@ -144,12 +144,16 @@ class TrajectoryLearner:
     def finish(self) -> None:
         """A last trial; flips, and coefficients in closed form, as far as they were asked for.
 
-        None of it is part of a checkpoint: a run that goes on never made it.
+        None of it is part of a checkpoint: a run that goes on makes all of it.
+
+        Raises:
+            Interrupted: a process was asked to end.
         """
         if self.updates % self.config.held_out_every:
             self._try(self._schedule_of(self.average), self.average.clone())
         if self.config.refine:
             self._refine()
+        self.consensus.stop_if_asked()
         self.best = self.values.decided(self.best)
         self.history.append((self.updates, self.values.held_out.error(self.best)))
 
@@ -160,6 +164,7 @@ class TrajectoryLearner:
         )
         trials = range(self.config.refine)
         for trial in tqdm(trials, desc="exchanges", disable=not self.accelerator.is_main_process):
+            self.consensus.stop_if_asked()
             if search.attempt(1 + trial % 2):
                 self.history.append((self.updates, search.error))
         self.best, self.best_logits = search.schedule, search.logits

@@ -1,0 +1,28 @@
+# Sourced by the Slurm scripts: run one of the command-line files on all nodes of the job, a process
+# per GPU, through preemption. A signal before the time is up ends it well, and the job comes back.
+export MASTER_ADDR
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# With the store of the rendezvous shared, a restart can meet what the last attempt left in it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+launch() {
+  srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    --rdzv_endpoint="$MASTER_ADDR:29500" --max-restarts=3 "$@" &
+  local running=$! status=0
+
+  # torchrun passes SIGTERM on: what there is is made safe, and all processes leave.
+  ending=0
+  trap 'ending=1; kill -TERM '"$running"' 2>/dev/null' USR1 TERM
+  wait "$running" || status=$?
+  # A signal interrupts the waiting; the processes want a moment to end.
+  while kill -0 "$running" 2>/dev/null; do
+    status=0
+    wait "$running" || status=$?
+  done
+  if [ "$ending" -eq 1 ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$status"
+}
