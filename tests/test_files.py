@@ -311,22 +311,42 @@ def reseal_tree(path: Path, draw: random.Random) -> None:
     path.write_text(json.dumps(spoil_values(content, draw)))
 
 
+def npy(array: np.ndarray, **header) -> bytes:
+    """An array as a file, with something else in its header."""
+    buffer = io.BytesIO()
+    if array.dtype.hasobject:
+        np.save(buffer, array)
+        return buffer.getvalue()
+    told = {**np.lib.format.header_data_from_array_1_0(array), **header}
+    np.lib.format.write_array_header_1_0(buffer, told)
+    return buffer.getvalue() + array.tobytes("A")
+
+
 def reseal_npz(path: Path, draw: random.Random) -> None:
     """Arrays of other shapes and types, in an archive that is whole."""
     with np.load(path) as file:
         arrays = dict(file)
+    members = {name: npy(array) for name, array in arrays.items()}
     name = draw.choice(list(arrays))
     array = arrays[name]
-    arrays[name] = draw.choice(
+    others = (
         (array[..., None], array.astype(object), array.astype("M8[s]"), array.ravel()[:0],
          np.asfortranarray(array), np.array("text"), array.astype(complex), array.astype(">i8"),
          np.full_like(array.astype(float), np.nan))
         if array.dtype.kind != "U"
-        else (np.zeros(3), np.array([1, 2]))
+        else (np.zeros(3), np.array([1, 2]), np.array("\ud800"))
+    )  # fmt: skip
+    nothing = array.ravel()[:0]
+    members[name] = draw.choice(
+        (*map(npy, others), npy(nothing, descr="<U0", shape=array.shape),
+         npy(nothing, descr="|V0", shape=()), npy(array, descr=("|u1", (array.itemsize,))),
+         npy(np.array(2**31, "<u4"), descr="<U1"))
     )  # fmt: skip
     if draw.random() < 0.3:
-        del arrays[draw.choice(list(arrays))]
-    np.savez(path, **arrays)
+        del members[draw.choice(list(members))]
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(f"{member}.npy", content)
 
 
 class Malicious:
