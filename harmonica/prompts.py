@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -165,15 +166,17 @@ class TextEncoder:
 
     def _load(self, kind: Any, subfolder: str, **options: Any) -> Any:
         folder = Path(self.name)
+        # Nothing that could be code; a tokenizer has no weights and takes no notice of the first.
+        load = partial(kind.from_pretrained, use_safetensors=True, trust_remote_code=False)
         try:
             if folder.is_dir() and not (folder / subfolder).is_dir():
-                return kind.from_pretrained(folder, **options)
+                return load(folder, **options)
             try:
-                return kind.from_pretrained(self.name, subfolder=subfolder, **options)
+                return load(self.name, subfolder=subfolder, **options)
             except (OSError, ValueError):
                 if folder.is_dir():
                     raise
-                return kind.from_pretrained(self.name, **options)
+                return load(self.name, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:160]
             remedy = "pass a T5 or a pipeline of the Hub, or the folder of a copy"

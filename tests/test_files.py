@@ -8,8 +8,10 @@ import os
 import pickle
 import random
 import signal
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from PIL import Image
 from harmonica.errors import HarmonicaError
 from harmonica.files import Npz, confined_extraction, read_array, read_yaml, write_atomically
 from harmonica.flops import Costs
+from harmonica.labelled_images import LabelledImages
 from harmonica.metrics.images import open_images
 from harmonica.metrics.reference import open_reference
 from harmonica.options import read_preset, to_yaml
@@ -50,7 +53,7 @@ NOWHERE = {
 
 def test_every_file_goes_through_one_door():
     """Also: no shell, no extraction, no weights that could be pickles."""
-    found = []
+    found, loads, safe = [], 0, 0
     sources = [*ROOT.glob("*.py")]
     for folder in ("harmonica", "models", "scripts"):
         sources += (ROOT / folder).rglob("*.py")
@@ -58,6 +61,7 @@ def test_every_file_goes_through_one_door():
     for source in sources:
         is_door = source.parent == ROOT / "harmonica" / "files"
         for node in ast.walk(ast.parse(source.read_text())):
+            loads += isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
             if not isinstance(node, ast.Call):
                 continue
             name, words = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
@@ -70,9 +74,17 @@ def test_every_file_goes_through_one_door():
                 found.append(place)
             if "shell" in words or name.endswith((".extractall", ".extract")):
                 found.append(place)
-            if name in ("AutoencoderKL.from_pretrained", "CLIPModel.from_pretrained"):
-                assert ast.unparse(words["use_safetensors"]) == "True", place
+            said = {word: ast.unparse(value) for word, value in words.items()}
+            made = [name, *map(ast.unparse, node.args[:1])]  # called, or kept for a call
+            if any(of.endswith(".from_pretrained") for of in made):
+                safe += 1
+                # A processor has no weights, and diffusers' own class no code of its own.
+                if not name.endswith("Processor.from_pretrained"):
+                    assert said.get("use_safetensors") == "True", place
+                if not name.startswith("AutoencoderKL"):
+                    assert said.get("trust_remote_code") == "False", place
     assert not found
+    assert safe == loads
 
 
 # Every kind of file, made whole.
@@ -517,6 +529,22 @@ def test_bombs_are_refused_without_being_unpacked(tmp_path):
     write_atomically(bomb, bytes(content))
     with pytest.raises(HarmonicaError):
         Npz(bomb, "--samples")["arr_0"].rows(range(1))
+
+
+def test_labelled_images_go_through_the_door_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "0.png"
+    Image.new("CMYK", (9, 8), (0, 255, 255, 0)).save(path, format="JPEG")
+    image, label = LabelledImages(str(tmp_path), 8)[0]
+    assert image.shape == (3, 8, 8) and label == 0 and image[0].min() > 200 > image[1].max()
+    # A picture of two gigapixels, if one believes its first bytes.
+    _picture(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 50_000, 50_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    with pytest.raises(HarmonicaError, match=r"--data: .*0\.png cannot be read .*pixels"):
+        LabelledImages(str(tmp_path), 8)[0]
 
 
 def test_archives_stay_in_their_folder(tmp_path):
