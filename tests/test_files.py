@@ -20,20 +20,34 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from families import DIT, tiny
 from PIL import Image
+from safetensors.torch import load, save, save_file
 
+from harmonica.conditions import PromptList
 from harmonica.errors import HarmonicaError
-from harmonica.files import Npz, confined_extraction, read_array, read_yaml, write_atomically
+from harmonica.files import (
+    Npz,
+    confined_extraction,
+    read_array,
+    read_safetensors,
+    read_torch,
+    read_yaml,
+    write_atomically,
+)
 from harmonica.flops import Costs
 from harmonica.labelled_images import LabelledImages
 from harmonica.metrics.images import open_images
 from harmonica.metrics.reference import open_reference
 from harmonica.options import read_preset, to_yaml
+from harmonica.prompts import EncodedPrompts, load_prompts, save_prompts
 from harmonica.router import RouterFile, RouterInfo, _content_hash, load_router, save_router
 from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide
 from harmonica.training.checkpoint import unpack
 from harmonica.training.config import TrainConfig
+from harmonica.weights import load_weights
+from models.dit import DiT
 
 COSTS = Costs(("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn"), (100, 200, 100), 50)
 ORIGIN = Origin({"seed": 0}, "weights", None)
@@ -150,6 +164,44 @@ def _shard_manifest(path: Path) -> None:
     path.write_text(json.dumps(record))
 
 
+def _diffusers(path: Path) -> None:
+    """The tiny DiT under diffusers' names."""
+    import re
+
+    state, renamed = tiny("dit").state_dict(), {}
+    del state["pos_embed"]
+    names = (
+        ("x_embedder.proj", "pos_embed.proj"),
+        ("t_embedder.mlp.0", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"),
+        ("t_embedder.mlp.2", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"),
+        ("y_embedder", "transformer_blocks.0.norm1.emb.class_embedder"),
+        ("final_layer.adaLN_modulation.1", "proj_out_1"),
+        ("final_layer.linear", "proj_out_2"),
+        (r"blocks\.(\d+)\.adaLN_modulation.1", r"transformer_blocks.\1.norm1.linear"),
+        (r"blocks\.(\d+)\.attn.proj", r"transformer_blocks.\1.attn1.to_out.0"),
+        (r"blocks\.(\d+)\.mlp.fc1", r"transformer_blocks.\1.ff.net.0.proj"),
+        (r"blocks\.(\d+)\.mlp.fc2", r"transformer_blocks.\1.ff.net.2"),
+    )
+    for key, value in state.items():
+        if found := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", key):
+            block, kind = found.groups()
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"transformer_blocks.{block}.attn1.to_{part}.{kind}"] = tensor.clone()
+            continue
+        for ours, theirs in names:
+            key = re.sub(f"^{ours}", theirs, key)
+        renamed[key] = value
+    save_file(renamed, path)
+
+
+def _prompts(path: Path) -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    embeddings = torch.ones(2, 3, 4, dtype=torch.float16) * mask[..., None]
+    save_prompts(
+        path, EncodedPrompts(("a", "b"), embeddings, mask, embeddings[1], mask[1].clone(), "t5")
+    )
+
+
 # And what takes it in.
 
 
@@ -198,6 +250,15 @@ def use_picture(path: Path) -> None:
     use_images(folder)
 
 
+def use_weights(path: Path) -> None:
+    load_weights(DiT(DIT), path, "DiT")
+
+
+def use_prompts(path: Path) -> None:
+    prompts = PromptList(load_prompts(path), (8, 8))
+    assert prompts.of(torch.tensor([0])).embeddings.isfinite().all() and prompts.content_hash()
+
+
 def use_preset(path: Path) -> None:
     TrainConfig(**read_preset(TrainConfig, path)).check()
 
@@ -229,6 +290,9 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "images.npy": (_npy, use_npy),
     "checkpoint.pt": (_checkpoint, use_checkpoint),
     "picture.png": (_picture, use_picture),
+    "weights.pt": (lambda path: torch.save({"ema": tiny("dit").state_dict()}, path), use_weights),
+    "diffusers.safetensors": (_diffusers, use_weights),
+    "prompts.safetensors": (_prompts, use_prompts),
     "preset.yaml": (lambda path: path.write_text(to_yaml(TrainConfig())), use_preset),
     "manifest.json": (_manifest, use_manifest),
     "shard.json": (_shard_manifest, use_shard_manifest),
@@ -296,10 +360,6 @@ def spoil_values(value, draw: random.Random):
 
 def reseal_router(path: Path, draw: random.Random) -> None:
     """A router file whose record was changed by somebody who knows how its hash is made."""
-    from safetensors.torch import load, save
-
-    from harmonica.files import read_safetensors
-
     tensors, metadata = read_safetensors(path)
     part = draw.choice(("info", "schedule"))
     metadata[part] = json.dumps(spoil_values(json.loads(metadata[part]), draw))
@@ -414,7 +474,38 @@ def reseal_pickle(path: Path, draw: random.Random) -> None:
             torch.save(state, path)
 
 
+def reseal_tensors(path: Path, draw: random.Random) -> None:
+    """A file of tensors, some of which are others."""
+    if path.suffix == ".pt" and draw.random() < 0.3:
+        reseal_pickle(path, draw)
+        return
+    is_safe = path.suffix == ".safetensors"
+    tensors, metadata = read_safetensors(path) if is_safe else (read_torch(path)["ema"], {})
+    key, other = draw.choice(list(tensors)), draw.choice(list(tensors))
+    value = tensors[key]
+    others = [value[:1], value[None], value.int(), value.double(), value / 0, value.bfloat16()]
+    others += [tensors[other], torch.zeros(()), torch.zeros(0), value.to(torch.complex64)]
+    if not is_safe:
+        others += [value.to_sparse(), value.to("meta"), 3, None, "x"]
+    match draw.randrange(4):
+        case 0:
+            del tensors[key]
+        case 1:
+            tensors[draw.choice(("x", "transformer_blocks.9999999999.x", "blocks.0"))] = value
+        case _:
+            tensors[key] = draw.choice(others)
+    if metadata and draw.random() < 0.3:
+        metadata["texts"] = json.dumps(spoil_values(json.loads(metadata["texts"]), draw))
+    if is_safe:
+        path.write_bytes(save({k: v.clone().contiguous() for k, v in tensors.items()}, metadata))
+    else:
+        torch.save({"ema": tensors if draw.random() < 0.9 else {1: value}}, path)
+
+
 RESEAL = {
+    "weights.pt": reseal_tensors,
+    "diffusers.safetensors": reseal_tensors,
+    "prompts.safetensors": reseal_tensors,
     "router.safetensors": reseal_router,
     "published.pt": reseal_pickle,
     "checkpoint.pt": reseal_pickle,
