@@ -174,9 +174,14 @@ class Schedule:
             raise HarmonicaError("the schedule does not match its hash; the file was changed")
         return schedule
 
-    def save(self, path: Path) -> None:
-        """Write the JSON form atomically."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1).encode())
+    def save(self, path: Path, trained_for: dict | None = None) -> None:
+        """Write the JSON form atomically.
+
+        Args:
+            trained_for: record of the model and sampler (``RouterInfo``), if it is for some.
+        """
+        record = {} if trained_for is None else {"trained_for": trained_for}
+        write_atomically(path, json.dumps({**self.to_dict(), **record}, indent=1).encode())
 
     @classmethod
     def load(cls, path: Path) -> "Schedule":

@@ -13,7 +13,13 @@ from PIL import Image
 from harmonica.comparison.config import CompareConfig
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.options import build_parser, resolve
-from harmonica.router import RouterFile, RouterInfo, load_router, save_router
+from harmonica.router import (
+    RouterFile,
+    RouterInfo,
+    load_router,
+    load_schedule_file,
+    save_router,
+)
 from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
 from harmonica.training.config import TrainConfig
@@ -57,6 +63,7 @@ def test_a_run_directory_holds_everything(run):
     assert router.info.model == "DiT-Ti/4" and router.info.sampler == "ddim"
     assert router.schedule.cur == 0.5
     assert Schedule.load(run / "schedule.json") == router.schedule
+    assert load_schedule_file(run / "schedule.json")[1].sampler == "ddim"
     for picture in ("router.png", "lambda.png", "samples.png"):
         assert np.asarray(Image.open(run / picture)).std() > 0
 

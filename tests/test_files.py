@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,10 @@ from harmonica.flops import Costs
 from harmonica.labelled_images import LabelledImages
 from harmonica.metrics.images import open_images
 from harmonica.metrics.reference import open_reference
-from harmonica.options import read_preset, to_yaml
+from harmonica.options import build_parser, read_preset, resolve, to_yaml
 from harmonica.prompts import EncodedPrompts, load_prompts, save_prompts
 from harmonica.router import RouterFile, RouterInfo, _content_hash, load_router, save_router
+from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide
 from harmonica.training.checkpoint import unpack
@@ -50,6 +52,11 @@ from harmonica.weights import load_weights
 from models.dit import DiT
 
 COSTS = Costs(("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn"), (100, 200, 100), 50)
+INFO = RouterInfo(
+    model="DiT-Ti/4", image_size=32, height=32, width=32, num_classes=10, sampler="ddim", eta=0.0,
+    num_sampling_steps=4, timesteps=(9.0, 6.0, 3.0, 0.0), cfg_scale=1.5, guide_all_channels=False,
+    threshold=0.1, weights_hash="0" * 16, hyperparameters={"lr": 0.1},
+)  # fmt: skip
 ORIGIN = Origin({"seed": 0}, "weights", None)
 # Calls that open or run something; each has one place.
 DOORS = {
@@ -110,8 +117,7 @@ def _schedule() -> Schedule:
 
 
 def _router(path: Path) -> None:
-    info = RouterInfo(model="DiT-Ti/4", num_sampling_steps=4, timesteps=(9.0, 6.0, 3.0, 0.0))
-    save_router(path, RouterFile(torch.randn(4, 3), info, _schedule()))
+    save_router(path, RouterFile(torch.randn(4, 3), INFO, _schedule()))
 
 
 def _published(path: Path) -> None:
@@ -154,8 +160,6 @@ def _picture(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    from dataclasses import asdict
-
     path.write_text(json.dumps(asdict(ORIGIN)))
 
 
@@ -206,6 +210,7 @@ def _prompts(path: Path) -> None:
 
 
 def use_router(path: Path) -> None:
+    resolve(SampleConfig, build_parser(SampleConfig, "").parse_args(["--path", str(path)]))
     router = load_router(path)
     schedule = router.to_schedule(COSTS if router.logits.shape[1] == 3 else _costs_of(router))
     use(schedule)
@@ -223,6 +228,7 @@ def use(schedule: Schedule) -> None:
 
 
 def use_schedule(path: Path) -> None:
+    resolve(SampleConfig, build_parser(SampleConfig, "").parse_args(["--path", str(path)]))
     use(Schedule.load(path))
 
 
@@ -284,7 +290,7 @@ def use_shard_manifest(path: Path) -> None:
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "router.safetensors": (_router, use_router),
     "published.pt": (_published, use_router),
-    "schedule.json": (lambda path: _schedule().save(path), use_schedule),
+    "schedule.json": (lambda path: _schedule().save(path, asdict(INFO)), use_schedule),
     "statistics.npz": (_statistics, use_statistics),
     "images.npz": (_images, use_images),
     "images.npy": (_npy, use_npy),
@@ -365,9 +371,19 @@ def reseal_router(path: Path, draw: random.Random) -> None:
     metadata[part] = json.dumps(spoil_values(json.loads(metadata[part]), draw))
     logits = tensors["logits"]
     if draw.random() < 0.3:
-        others = (logits[:0], logits[0], logits[:, :2], logits.double(), logits / 0, logits.int())
+        others = (
+            logits[:0],
+            logits[0],
+            logits[:, :2],
+            logits.double(),
+            logits / 0,
+            logits.int(),
+            logits.bfloat16(),
+            logits.to(torch.complex64),
+        )
         logits = draw.choice(others).contiguous()
-    metadata["content_hash"] = _content_hash(logits, metadata["schedule"], metadata["info"])
+    hashed = logits.float() if logits.dtype == torch.bfloat16 else logits  # numpy has none
+    metadata["content_hash"] = _content_hash(hashed, metadata["schedule"], metadata["info"])
     path.write_bytes(save({"logits": logits}, metadata))
     assert load(path.read_bytes())
 

@@ -222,7 +222,7 @@ class Trainer:
         config, backbone, schedule = self.config, self.backbone, self.learner.schedule()
         logits = self.learner.logits().cpu()
         directory.record_effort(self.effort)
-        schedule.save(directory.schedule)
+        schedule.save(directory.schedule, asdict(backbone.router_info()))
         save_router(  # last: a run that has one is finished
             directory.router,
             RouterFile(
