@@ -411,7 +411,8 @@ def load_schedule_file(path: Path, flag: str = "--path") -> tuple[Schedule, Rout
     content = read_json(existing_file(path, flag))
     schedule = Schedule.from_dict(content)
     try:
-        return schedule, RouterInfo.from_dict(content.get("trained_for", {}))
+        says_nothing = {"source": "schedule JSON", "version": ""}
+        return schedule, RouterInfo.from_dict(content.get("trained_for", says_nothing))
     except (TypeError, ValueError, OverflowError) as error:
         raise HarmonicaError(
             f"{path} has a malformed record ({first_line(error)}); export it again"

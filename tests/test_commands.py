@@ -221,12 +221,15 @@ def test_inspecting_a_router(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "CUR                    50.0%" in done.stdout
     assert (tmp_path / "heat.png").is_file()
-    # A published file that does not say its model wants the flag.
+    # A published file that does not say its model has no cost without the flag.
     logits = torch.zeros(10, 1, 56)
     logits[:9, 0, :14] = -3.0
     torch.save({f"{i}.prob": row for i, row in enumerate(logits)}, tmp_path / "published.pt")
-    refused = run_command(script, "published.pt", "--threshold", "0.1", cwd=tmp_path)
-    assert refused.returncode == 2 and "--model" in refused.stderr
+    done = run_command(
+        script, "published.pt", "--threshold", "0.1", "--semantics", "ltc", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "computed per step      56 42 56" in done.stdout and "with --model" in done.stdout
     done = run_command(
         script, "published.pt", "--threshold", "0.1", "--model", "DiT-XL/2", cwd=tmp_path
     )

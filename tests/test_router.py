@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import Golden
+from conftest import ROOT, Golden
 from families import tiny_specs
 from safetensors.torch import save
 
@@ -412,6 +412,34 @@ def test_macs_and_speedup_by_hand():
     assert schedule.macs == 4 * (3 * 14 + 4) - 5 - 9
     assert schedule.theoretical_speedup == pytest.approx(184 / 170)
     assert schedule.cur == pytest.approx(2 / 24)
+
+
+def test_inspecting_what_does_not_say_everything(router, tmp_path, monkeypatch, capsys):
+    import runpy
+
+    def inspected(*arguments) -> str:
+        words = ["inspect_router.py", *map(str, arguments), "--out", str(tmp_path / "heat.png")]
+        monkeypatch.setattr("sys.argv", words)
+        runpy.run_path(str(ROOT / "scripts" / "inspect_router.py"), run_name="__main__")
+        assert (tmp_path / "heat.png").stat().st_size > 0
+        return capsys.readouterr().out
+
+    # A schedule is its own scores, and has no others.
+    router.schedule.save(tmp_path / "schedule.json", asdict(INFO))
+    said = inspected(tmp_path / "schedule.json")
+    assert f"CUR                    {router.schedule.cur:.1%}" in said and "DiT-Ti/4" in said
+    with pytest.raises(SystemExit):
+        inspected(tmp_path / "schedule.json", "--semantics", "ltc")
+    assert "no scores" in capsys.readouterr().err
+    # Nothing is reused at the steps that count, and the file does not say its cut.
+    path = tmp_path / "router.safetensors"
+    save_router(path, replace(router, logits=torch.zeros(7, 6)))
+    assert "nothing that counts scores below 0.100" in inspected(path, "--semantics", "ltc")
+    # Without a model there is no cost.
+    rows = {f"{i}.prob": torch.tensor([[1.0, -5.0, 1.0]]) for i in range(4)}
+    torch.save(rows, tmp_path / "published.pt")
+    said = inspected(tmp_path / "published.pt", "--threshold", "0.1", "--semantics", "ltc")
+    assert "computed per step      3 2 3 2" in said and "with --model" in said
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20])
