@@ -27,12 +27,14 @@ def load_schedule(
     force: bool = False,
     flag: str = "--path",
     budget: Budget | None = None,
+    needs_schedule: bool = False,
 ) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
 
     Args:
         threshold, semantics, budget: see ``RouterFile.to_schedule``.
         force: take one that was trained for another sampler.
+        needs_schedule: refuse published routers, of which the file does not say how they are read.
 
     Raises:
         HarmonicaError: it does not.
@@ -55,6 +57,11 @@ def load_schedule(
         return schedule
     router = load_router(path, flag)
     router.check(backbone.model, backbone.router_info(), force)
+    if needs_schedule and router.schedule is None:
+        raise HarmonicaError(
+            f"{flag} {path} holds scores without a schedule; make one with "
+            "scripts/inspect_router.py --schedule, and pass that"
+        )
     return router.to_schedule(backbone.costs, threshold, semantics, budget)
 
 

@@ -1,6 +1,7 @@
 """What a router file holds: `python scripts/inspect_router.py FILE --threshold 0.1`."""
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -74,12 +75,15 @@ def inspect() -> None:
     parser.add_argument("--model", help="for files that do not say")
     parser.add_argument("--image-size", type=int, help="likewise; default: the model's")
     parser.add_argument("--out", type=Path, help="heat map; default: beside the file")
+    parser.add_argument("--schedule", type=Path, help="also write the schedule as JSON, to this")
     arguments = parser.parse_args()
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise HarmonicaError(f"--threshold {arguments.threshold} is out of range; use 0 to 1")
 
     router = open_file(arguments)
     costs = branch_costs(router, arguments.model, arguments.image_size)
+    if costs is None and arguments.schedule is not None:
+        raise HarmonicaError("--schedule holds what branches cost; name the model with --model")
     count = router.logits.shape[1]
     nameless = Costs(tuple(f"{i}.branch" for i in range(count)), (1,) * count, 0)
     schedule = router.to_schedule(costs or nameless, arguments.threshold, arguments.semantics)
@@ -114,6 +118,9 @@ def inspect() -> None:
     scores, title = router.logits.sigmoid().numpy(), str(arguments.file.name)
     router_heatmap(out, scores, schedule, title, has_costs=costs is not None)
     print(f"{'heat map':22} {out}")
+    if arguments.schedule is not None:
+        schedule.save(arguments.schedule, asdict(replace(router.info, hyperparameters={})))
+        print(f"{'schedule':22} {arguments.schedule}")
 
 
 if __name__ == "__main__":

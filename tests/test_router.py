@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import runpy
 import warnings
 from dataclasses import asdict, replace
 
@@ -35,6 +36,8 @@ from harmonica.router import (
 from harmonica.sample_config import SampleConfig
 from harmonica.sampling import load_schedule
 from harmonica.schedule import Schedule
+from harmonica.training.config import TrainConfig
+from harmonica.training.trainer import Trainer
 from models import MODELS
 
 CPU = torch.device("cpu")
@@ -414,16 +417,21 @@ def test_macs_and_speedup_by_hand():
     assert schedule.cur == pytest.approx(2 / 24)
 
 
-def test_inspecting_what_does_not_say_everything(router, tmp_path, monkeypatch, capsys):
-    import runpy
+@pytest.fixture
+def inspected(tmp_path, monkeypatch, capsys):
+    """Runs scripts/inspect_router.py in this process and returns what it says."""
 
-    def inspected(*arguments) -> str:
+    def run(*arguments) -> str:
         words = ["inspect_router.py", *map(str, arguments), "--out", str(tmp_path / "heat.png")]
         monkeypatch.setattr("sys.argv", words)
         runpy.run_path(str(ROOT / "scripts" / "inspect_router.py"), run_name="__main__")
         assert (tmp_path / "heat.png").stat().st_size > 0
         return capsys.readouterr().out
 
+    return run
+
+
+def test_inspecting_what_does_not_say_everything(router, tmp_path, inspected, capsys):
     # A schedule is its own scores, and has no others.
     router.schedule.save(tmp_path / "schedule.json", asdict(INFO))
     said = inspected(tmp_path / "schedule.json")
@@ -440,6 +448,22 @@ def test_inspecting_what_does_not_say_everything(router, tmp_path, monkeypatch, 
     torch.save(rows, tmp_path / "published.pt")
     said = inspected(tmp_path / "published.pt", "--threshold", "0.1", "--semantics", "ltc")
     assert "computed per step      3 2 3 2" in said and "with --model" in said
+
+
+def test_published_scores_are_frozen_as_a_schedule_that_says_how_they_are_read(
+    backbone, tmp_path, inspected
+):
+    rows = {f"{i}.prob": torch.full((1, 24), -5.0) for i in range(4)}
+    torch.save(rows, tmp_path / "published.pt")
+    config = TrainConfig(
+        num_sampling_steps=4, predictor="learned", freeze_schedule=tmp_path / "published.pt"
+    )
+    with pytest.raises(HarmonicaError, match=r"--freeze-schedule .*inspect_router\.py --schedule"):
+        Trainer(config)
+    flags = ("--semantics", "ltc", "--model", "DiT-Ti/4", "--schedule", tmp_path / "half.json")
+    assert "half.json" in inspected(tmp_path / "published.pt", *flags)
+    schedule = load_schedule(tmp_path / "half.json", None, backbone, needs_schedule=True)
+    assert schedule.compute.all(axis=1).tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20])

@@ -62,7 +62,11 @@ class Trainer:
         frozen = None
         if config.freeze_schedule is not None:
             frozen = load_schedule(
-                config.freeze_schedule, None, self.backbone, flag="--freeze-schedule"
+                config.freeze_schedule,
+                None,
+                self.backbone,
+                flag="--freeze-schedule",
+                needs_schedule=True,
             )
             if frozen.reuses != "branches" or frozen.compute.all():
                 raise HarmonicaError(
