@@ -454,7 +454,7 @@ def reseal_npz(path: Path, draw: random.Random) -> None:
     members[name] = draw.choice(
         (*map(npy, others), npy(nothing, descr="<U0", shape=array.shape),
          npy(nothing, descr="|V0", shape=()), npy(array, descr=("|u1", (array.itemsize,))),
-         npy(np.array(2**31, "<u4"), descr="<U1"))
+         *(npy(np.array(code, "<u4"), descr="<U1") for code in (0x110000, 2**31, 2**32 - 1)))
     )  # fmt: skip
     if draw.random() < 0.3:
         del members[draw.choice(list(members))]

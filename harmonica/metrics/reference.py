@@ -150,13 +150,11 @@ def _moments(npz: Npz, mean_name: str, covariance_name: str) -> Moments:
 
 def _text(npz: Npz, name: str) -> str:
     array = npz[name].whole()
-    try:
-        text = array.item() if array.dtype.kind == "U" and array.ndim == 0 else ""
-    except ValueError:  # numbers that are no characters
-        text = ""
-    if not (text and text.isascii()):
+    is_text = array.dtype.kind == "U" and array.ndim == 0
+    # Numbers that are no characters must not become a string.
+    if not is_text or (array.reshape(1).view(f"{array.dtype.byteorder}u4") >= 128).any():
         raise HarmonicaError(f"{FLAG} {npz.path}: {name} is no text; make the file again")
-    return text
+    return array.item()
 
 
 def _features(npz: Npz) -> Tensor:
