@@ -36,7 +36,7 @@ class Schedule:
         predictor: what is made of a branch's earlier values.
 
     Raises:
-        ValueError: row 0 reuses something, or the shapes disagree.
+        ValueError: row 0 reuses something, the shapes disagree, or blocks are reused in part.
     """
 
     compute: np.ndarray
@@ -58,6 +58,11 @@ class Schedule:
             raise ValueError(f"{self.reuses} are reused as they are, without a predictor")
         table.flags.writeable = False
         object.__setattr__(self, "compute", table)
+        if self.reuses != "branches":
+            blocks = self.costs.blocks
+            order = list(dict.fromkeys(blocks))
+            if (table != self.block_compute[:, [order.index(block) for block in blocks]]).any():
+                raise ValueError(f"reuse of {self.reuses} decides for all branches of one alike")
 
     def __eq__(self, other: object) -> bool:
         return (

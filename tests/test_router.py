@@ -402,6 +402,17 @@ def test_the_first_step_is_always_computed():
         Schedule(np.zeros((4, 6), dtype=bool), COSTS)
 
 
+@pytest.mark.parametrize("reuses", ["blocks", "outputs"])
+def test_blocks_are_reused_whole(reuses):
+    compute = np.ones((4, 6), dtype=bool)
+    compute[1, :2] = False
+    assert Schedule(compute, COSTS, reuses).block_compute[1].tolist() == [False, True, True]
+    document = Schedule(compute, COSTS, reuses).to_dict()
+    document["compute"][1] = "011111"
+    with pytest.raises(HarmonicaError, match="for all branches of one alike"):
+        Schedule.from_dict(document)
+
+
 def test_a_schedule_cannot_be_changed():
     schedule = Schedule.full(4, COSTS)
     with pytest.raises(ValueError):
