@@ -601,6 +601,21 @@ def test_spoilt_files_load_or_are_refused(name, tmp_path, request, faults):
     faults.add("spoilt files", count)
 
 
+@pytest.mark.parametrize("code", [0x80, 0xD800, 0x110000, 2**31, 2**32 - 1])
+def test_a_name_is_made_of_plain_characters(tmp_path, code):
+    path = tmp_path / "statistics.npz"
+    _statistics(path)
+    assert open_reference(str(path)).extractor_sha256 == "abc"
+    with np.load(path) as file:
+        members = {name: npy(array) for name, array in file.items()}
+    members["extractor"] = npy(np.array(code, "<u4"), descr="<U1")
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(f"{member}.npy", content)
+    with pytest.raises(HarmonicaError, match="extractor is no text"):
+        open_reference(str(path))
+
+
 def test_bombs_are_refused_without_being_unpacked(tmp_path):
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 200_000)
