@@ -52,12 +52,15 @@ class Backbone:
         return RouterInfo(
             model=self.name,
             image_size=self.image_size,
+            height=self.pixels[0],
+            width=self.pixels[1],
             num_classes=getattr(self.model.config, "num_classes", None),
             sampler=self.sampler.name,
             eta=getattr(self.sampler, "eta", None),
             num_sampling_steps=len(self.sampler.timesteps),
             timesteps=tuple(self.sampler.timesteps),
             cfg_scale=self.guidance.scale,
+            guide_all_channels=self.guidance.channels is None,
             weights_hash=self.weights_hash,
             **rest,
         )

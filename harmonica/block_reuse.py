@@ -18,19 +18,6 @@ from models.transformer import Conditioning
 Stretch = tuple[int, int]  # first block, one past the last
 
 
-def block_decisions(schedule: Schedule) -> np.ndarray:
-    """(T, blocks) bool: whether a block is computed.
-
-    Raises:
-        ValueError: a block computes some of its branches only.
-    """
-    decisions, blocks = schedule.block_compute, schedule.costs.blocks
-    order = list(dict.fromkeys(blocks))
-    if (schedule.compute != decisions[:, [order.index(block) for block in blocks]]).any():
-        raise ValueError("a schedule that reuses blocks must decide for all branches of one alike")
-    return decisions
-
-
 def reused_stretches(row: np.ndarray) -> list[Stretch]:
     """Maximal runs of blocks that are not computed."""
     edges = np.flatnonzero(np.diff(np.concatenate([[1], row.astype(int), [1]])))
@@ -42,7 +29,7 @@ class BlockReplay:
 
     def __init__(self, batch: Trajectories, schedule: Schedule):
         self.batch, self.adds = batch, schedule.reuses == "blocks"
-        decisions = block_decisions(schedule)
+        decisions = schedule.block_compute
         self.reused = [dict(reused_stretches(row)) for row in decisions]
         # A stretch is stored at the last step before its reuse that computes all of it.
         self.stored: dict[int, set[Stretch]] = defaultdict(set)

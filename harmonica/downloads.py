@@ -11,7 +11,7 @@ import requests
 from tqdm import tqdm
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import recorded, sha256, write_record
+from harmonica.files import recorded, sha256, write_atomically, write_record
 from models import WeightSource
 
 CACHE = Path(os.environ.get("HARMONICA_CACHE", "checkpoints"))
@@ -35,20 +35,46 @@ def _refuse_open_line(url: str) -> None:
         raise requests.exceptions.InvalidSchema("not https")
 
 
+def _version(response: requests.Response) -> str | None:
+    """What tells a file from another at the same address, if the server says."""
+    tag = response.headers.get("ETag", "W/")
+    return response.headers.get("Last-Modified") if tag.startswith("W/") else tag
+
+
+def _version_file(partial: Path) -> Path:
+    """Where the version that a partial file is of is kept."""
+    return partial.with_suffix(".version")
+
+
+def _forget(partial: Path) -> None:
+    partial.unlink(missing_ok=True)
+    _version_file(partial).unlink(missing_ok=True)
+
+
 def _download(url: str, partial: Path, name: str) -> str | None:
-    """Complete ``partial`` from ``url``; returns the announced sha256, if any."""
-    have = partial.stat().st_size if partial.exists() else 0
+    """Complete ``partial`` from ``url``; returns the announced sha256, if any.
+
+    What is there is gone on with only where it is of the version that the server has now, as far
+    as the server tells versions apart.
+    """
+    have, kept = partial.stat().st_size if partial.exists() else 0, _version_file(partial)
+    known = kept.read_text() if have and kept.exists() else ""
     headers = {"Range": f"bytes={have}-"} if have else {}
+    if known:
+        headers["If-Range"] = known
     _refuse_open_line(url)
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         _refuse_open_line(response.url)
         if have and response.status_code == 416:  # nothing is left to fetch
             if response.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
                 return _announced_hash(response)
-            partial.unlink()
+            _forget(partial)
             raise requests.ConnectionError("the partial file was longer than the whole")
         response.raise_for_status()
-        resumed = response.status_code == 206
+        resumed, version = response.status_code == 206, _version(response) or ""
+        if resumed and known and version != known:  # a server that knows no If-Range
+            _forget(partial)
+            raise requests.ConnectionError("the partial file was of another version")
         if not resumed:
             have = 0
         total = have + int(response.headers.get("Content-Length", 0))
@@ -56,6 +82,8 @@ def _download(url: str, partial: Path, name: str) -> str | None:
             partial.open("ab" if resumed else "wb") as file,
             tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name) as bar,
         ):
+            if not resumed:
+                write_atomically(kept, version.encode("latin-1"))
             for block in response.iter_content(BLOCK):
                 file.write(block)
                 bar.update(len(block))
@@ -112,11 +140,12 @@ def _fetch(source: WeightSource, path: Path) -> Path:
             digest = sha256(partial)
             expected = {None, digest}
             if partial.stat().st_size < source.size or not expected >= {announced, source.sha256}:
-                partial.unlink()
+                _forget(partial)
                 reasons.append(f"{url.split('/')[2]}: not the expected file")
                 continue
             write_record(path, digest)
             os.replace(partial, path)
+            _forget(partial)
         except (requests.RequestException, OSError) as error:
             reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
             continue

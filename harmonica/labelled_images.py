@@ -4,15 +4,22 @@ import hashlib
 import json
 import tarfile
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import confined_extraction
+from harmonica.files import confined_extraction, read_image
+
+
+def _open(path: str) -> Image.Image:
+    # ImageNet has grey and CMYK images.
+    return Image.fromarray(read_image(Path(path), converts=True))
 
 
 class LabelledImages(Dataset):
@@ -35,7 +42,7 @@ class LabelledImages(Dataset):
                 with confined_extraction():
                     self._source = CIFAR10("data", train=train, download=True, transform=crop)
             else:
-                self._source = ImageFolder(data, transform=crop)
+                self._source = ImageFolder(data, transform=crop, loader=_open)
         except (OSError, RuntimeError, tarfile.TarError) as error:
             reason = str(error).split("\n")[0]
             raise HarmonicaError(
@@ -57,11 +64,8 @@ class LabelledImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             return self._source[index]
-        except OSError as error:  # those of PIL among them
-            reason = str(error).split("\n")[0]
-            raise HarmonicaError(
-                f"{self._flag} cannot be read whole ({reason}); remove that image"
-            ) from None
+        except HarmonicaError as error:
+            raise HarmonicaError(f"{self._flag}: {error}") from None
 
 
 def load_labelled_images(

@@ -20,7 +20,12 @@ def choose_plan(config: ReplayConfig, backbone: Backbone) -> tuple[str, Plan] | 
         plan = METHODS[name](backbone, config.budget, config.method_seed)
     elif config.path is not None:
         schedule = load_schedule(
-            config.path, config.threshold, backbone, config.semantics, force=config.force
+            config.path,
+            config.threshold,
+            backbone,
+            config.semantics,
+            force=config.force,
+            budget=config.budget,
         )
         name, plan = "router", Plan(backbone, schedule)
     else:
@@ -33,4 +38,10 @@ def choose_plan(config: ReplayConfig, backbone: Backbone) -> tuple[str, Plan] | 
             )
         return name, plan
     schedule = with_predictor(plan.schedule, config.predictor, config.coordinate, plan.backbone)
+    is_cut_anew = config.path is not None and config.budget is not None
+    if is_cut_anew and schedule.predictor.name == "learned":
+        raise HarmonicaError(
+            f"--path {config.path} has coefficients that were learned for its own schedule, not "
+            f"for {config.budget}; add --predictor last, or train at that cost"
+        )
     return name, replace(plan, schedule=schedule)

@@ -30,8 +30,14 @@ def _branch_rows(kinds: list[str]) -> list[list[int]]:
     return [[i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
 
 
-def router_heatmap(path: Path, scores: np.ndarray, schedule: Schedule, title: str) -> None:
-    """Scores (T, N) in [0, 1], one panel per kind of branch; a dot marks what is computed."""
+def router_heatmap(
+    path: Path, scores: np.ndarray, schedule: Schedule, title: str, has_costs: bool = True
+) -> None:
+    """Scores (T, N) in [0, 1], one panel per kind of branch; a dot marks what is computed.
+
+    Args:
+        has_costs: whether the multiply-accumulates of the schedule are known.
+    """
     groups = _branch_rows(schedule.costs.kinds)
     figure = Figure((1.5 + 4.2 * len(groups), 1.2 + 0.22 * len(scores)), layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False)
@@ -45,9 +51,10 @@ def router_heatmap(path: Path, scores: np.ndarray, schedule: Schedule, title: st
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel("step, in sampling order")
     figure.colorbar(image, ax=axes[0].tolist(), label="score (dot: computed)")
-    figure.suptitle(
-        f"{title}\nCUR {schedule.cur:.1%}, theoretical speed-up {schedule.theoretical_speedup:.2f}x"
-    )
+    cost = f"CUR {schedule.cur:.1%}"
+    if has_costs:
+        cost += f", theoretical speed-up {schedule.theoretical_speedup:.2f}x"
+    figure.suptitle(f"{title}\n{cost}")
     _save(figure, path)
 
 

@@ -10,10 +10,12 @@ from harmonica.config import BackboneConfig, budget_of, check_one_budget
 from harmonica.errors import HarmonicaError
 from harmonica.options import option
 from harmonica.predictors import COORDINATES, PREDICTORS
-from harmonica.router import SEMANTICS, load_router
+from harmonica.router import SEMANTICS, load_router, load_schedule_file
 
 # What sampling takes over from a router file unless a flag says otherwise.
-SHARED_WITH_ROUTER = ("model", "image_size", "num_classes", "sampler", "eta", "cfg_scale")
+SHARED_WITH_ROUTER = (
+    "model", "image_size", "num_classes", "sampler", "eta", "cfg_scale", "guide_all_channels",
+)  # fmt: skip
 # What does not change an image of a given index.
 NOT_OF_THE_IMAGES = (
     "path", "ckpt", "vae", "accelerate_method", "ddim_sample", "num_images", "num_samples", "png",
@@ -23,13 +25,21 @@ NOT_OF_THE_IMAGES = (
 
 
 def known_from_router(values: dict[str, Any]) -> dict[str, Any]:
-    """What the router file ``path`` says of model and sampler, if there is one."""
+    """What the router or schedule ``path`` says of model and sampler, if there is one."""
     path = values.get("path")
-    if path is None or not path.exists() or path.suffix == ".json":
+    if path is None or not path.exists():
         return {}
-    router = load_router(path)
-    known = {name: getattr(router.info, name) for name in SHARED_WITH_ROUTER}
-    known["num_sampling_steps"] = len(router.logits)
+    if path.suffix == ".json":
+        schedule, info = load_schedule_file(path)
+        steps = schedule.num_steps
+    else:
+        router = load_router(path)
+        info, steps = router.info, len(router.logits)
+    known = {name: getattr(info, name) for name in SHARED_WITH_ROUTER}
+    for side in ("height", "width"):
+        if getattr(info, side) != info.image_size:  # not every model has a flag for it
+            known[side] = getattr(info, side)
+    known["num_sampling_steps"] = steps
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -59,7 +69,12 @@ class ReplayConfig(BackboneConfig):
         "instead of a router: a method without training, at --target-cur or --target-speedup",
         choices=tuple(METHODS),
     )
-    target_cur: float | None = option(None, "share of reused branches for --method", low=0, high=1)
+    target_cur: float | None = option(
+        None,
+        "share of reused branches: for --method, or to cut the scores of --path anew",
+        low=0,
+        high=1,
+    )
     target_speedup: float | None = option(None, "likewise, theoretical speed-up", low=1)
     method_seed: int = option(
         0, "seed of a --method that draws its schedule or calibrates", low=0, high=2**32
@@ -80,7 +95,7 @@ class ReplayConfig(BackboneConfig):
 
     @property
     def budget(self) -> Budget | None:
-        """What ``method`` is to reuse."""
+        """What ``method``, or a schedule made of the scores of ``path``, is to reuse."""
         return budget_of(self)
 
     def check(self) -> None:
@@ -93,8 +108,10 @@ class ReplayConfig(BackboneConfig):
             raise HarmonicaError(
                 f"--method {self.method} needs a cost; add --target-speedup or --target-cur"
             )
-        if self.method is None and self.budget is not None:
-            raise HarmonicaError(f"{self.budget} is for a --method; name one")
+        if self.budget is not None and self.path is None and self.method is None:
+            raise HarmonicaError(f"{self.budget} is for a --method or a router; add one or --path")
+        if self.budget is not None and self.threshold is not None:
+            raise HarmonicaError(f"--threshold and {self.budget} exclude each other; pass one")
         if self.path is None and (
             self.threshold is not None or self.semantics != "harmonica" or self.force
         ):

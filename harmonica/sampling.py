@@ -9,13 +9,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.backbone import Backbone
+from harmonica.budget import Budget
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
-from harmonica.files import existing_file
 from harmonica.predictors import create_predictor
 from harmonica.randomness import Draws
-from harmonica.router import load_router
+from harmonica.router import load_router, load_schedule_file
 from harmonica.schedule import Schedule
 
 
@@ -26,23 +26,27 @@ def load_schedule(
     semantics: str = "harmonica",
     force: bool = False,
     flag: str = "--path",
+    budget: Budget | None = None,
+    needs_schedule: bool = False,
 ) -> Schedule:
     """The schedule of a router file, schedule JSON or run directory, checked to fit the backbone.
 
     Args:
+        threshold, semantics, budget: see ``RouterFile.to_schedule``.
         force: take one that was trained for another sampler.
+        needs_schedule: refuse published routers, of which the file does not say how they are read.
 
     Raises:
         HarmonicaError: it does not.
     """
     if path.suffix == ".json":
-        existing_file(path, flag)
-        if threshold is not None or semantics != "harmonica":
+        if threshold is not None or semantics != "harmonica" or budget is not None:
+            asked = "--threshold or --semantics" if budget is None else budget
             raise HarmonicaError(
-                f"{flag} {path} is a schedule, which has no scores for --threshold or --semantics; "
-                "pass the router"
+                f"{flag} {path} is a schedule, which has no scores for {asked}; pass the router"
             )
-        schedule = Schedule.load(path)
+        schedule, info = load_schedule_file(path, flag)
+        info.check(backbone.router_info(), force)
         steps = len(backbone.sampler.timesteps)
         if (schedule.num_steps, schedule.costs) != (steps, backbone.costs):
             raise HarmonicaError(
@@ -53,7 +57,12 @@ def load_schedule(
         return schedule
     router = load_router(path, flag)
     router.check(backbone.model, backbone.router_info(), force)
-    return router.to_schedule(backbone.costs, threshold, semantics)
+    if needs_schedule and router.schedule is None:
+        raise HarmonicaError(
+            f"{flag} {path} holds scores without a schedule; make one with "
+            "scripts/inspect_router.py --schedule, and pass that"
+        )
+    return router.to_schedule(backbone.costs, threshold, semantics, budget)
 
 
 def with_predictor(

@@ -36,7 +36,7 @@ class Schedule:
         predictor: what is made of a branch's earlier values.
 
     Raises:
-        ValueError: row 0 reuses something, or the shapes disagree.
+        ValueError: row 0 reuses something, the shapes disagree, or blocks are reused in part.
     """
 
     compute: np.ndarray
@@ -58,6 +58,11 @@ class Schedule:
             raise ValueError(f"{self.reuses} are reused as they are, without a predictor")
         table.flags.writeable = False
         object.__setattr__(self, "compute", table)
+        if self.reuses != "branches":
+            blocks = self.costs.blocks
+            order = list(dict.fromkeys(blocks))
+            if (table != self.block_compute[:, [order.index(block) for block in blocks]]).any():
+                raise ValueError(f"reuse of {self.reuses} decides for all branches of one alike")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -174,9 +179,14 @@ class Schedule:
             raise HarmonicaError("the schedule does not match its hash; the file was changed")
         return schedule
 
-    def save(self, path: Path) -> None:
-        """Write the JSON form atomically."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1).encode())
+    def save(self, path: Path, trained_for: dict | None = None) -> None:
+        """Write the JSON form atomically.
+
+        Args:
+            trained_for: record of the model and sampler (``RouterInfo``), if it is for some.
+        """
+        record = {} if trained_for is None else {"trained_for": trained_for}
+        write_atomically(path, json.dumps({**self.to_dict(), **record}, indent=1).encode())
 
     @classmethod
     def load(cls, path: Path) -> "Schedule":

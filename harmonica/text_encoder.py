@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ class TextEncoder:
         folder, first = Path(self._source), None
         if folder.is_dir():
             places = places[:1] if (folder / subfolder).is_dir() else places[1:]
+        # Nothing that could be code; a tokenizer has no weights and takes no notice of the first.
+        load = partial(kind.from_pretrained, use_safetensors=True, trust_remote_code=False)
         for place in places:
             try:
-                return kind.from_pretrained(self._source, **place, **options)
+                return load(self._source, **place, **options)
             except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
                 first = first or error
         remedy = "pass a T5 or a pipeline of the Hub, or the folder of a copy"

@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from harmonica.downloads import fetch
 from harmonica.errors import HarmonicaError
-from harmonica.files import existing_file, is_safetensors, read_safetensors, read_torch
+from harmonica.files import (
+    existing_file,
+    first_line,
+    is_safetensors,
+    read_safetensors,
+    read_torch,
+)
 from models import ModelSpec
 from models.transformer import DiffusionTransformer
 
@@ -53,7 +60,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
                 break
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for key, value in state.items()
+    ):
         raise HarmonicaError(f"--ckpt {path} holds no state dict; pass a model checkpoint")
     return state
 
@@ -67,9 +77,10 @@ def load_weights(model: DiffusionTransformer, path: Path, name: str) -> None:
     state, expected = read_weights(path), model.state_dict()
     try:
         state = model.under_published_names(state)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:  # parts are missing or do not fit
         raise HarmonicaError(
-            f"--ckpt {path} is not a whole checkpoint of diffusers ({error}); fetch it again"
+            f"--ckpt {path} is not a whole checkpoint of diffusers ({first_line(error)}); fetch it "
+            "again"
         ) from None
     missing, unknown = (
         sorted(expected.keys() - state.keys()),
@@ -90,4 +101,9 @@ def load_weights(model: DiffusionTransformer, path: Path, name: str) -> None:
             f"--ckpt {path} is not a checkpoint of --model {name} at this --image-size and "
             f"--num-classes: {what}; pass the matching file or flags"
         )
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise HarmonicaError(
+            f"--ckpt {path} holds tensors without numbers in them; fetch it again"
+        ) from None

@@ -164,7 +164,7 @@ def from_diffusers(state: dict[str, Tensor], pos_embed: Tensor) -> dict[str, Ten
         "proj_out_1": "final_layer.adaLN_modulation.1",
         "proj_out_2": "final_layer.linear",
     }
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks."))
+    depth = len({k.split(".")[1] for k in state if k.startswith("transformer_blocks.")})
     for i in range(depth):
         old, new = f"transformer_blocks.{i}", f"blocks.{i}"
         renamed[f"{old}.norm1.linear"] = f"{new}.adaLN_modulation.1"

@@ -1,5 +1,7 @@
 """What a router file holds: `python scripts/inspect_router.py FILE --threshold 0.1`."""
 
+import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -8,23 +10,41 @@ from harmonica.errors import HarmonicaError, run_command
 from harmonica.flops import Costs, measure_costs
 from harmonica.options import CommandParser
 from harmonica.plots import router_heatmap
-from harmonica.router import SEMANTICS, RouterFile, load_router
+from harmonica.router import SEMANTICS, Router, RouterFile, load_router, load_schedule_file
 from models import MODELS, create_model
 
 
-def branch_costs(router: RouterFile, model: str | None, image_size: int | None) -> Costs:
-    """Costs of the router's branches, from its schedule or from a model of the zoo.
+def open_file(arguments: argparse.Namespace) -> RouterFile:
+    """What is to be shown; the scores of a schedule are its decisions.
 
     Raises:
-        HarmonicaError: the file does not say its model and ``--model`` does not either.
+        HarmonicaError: it cannot be read, or is asked for scores that it does not have.
+    """
+    path = arguments.file
+    if path.suffix != ".json":
+        return load_router(path, "FILE")
+    if arguments.threshold is not None or arguments.semantics != "harmonica":
+        raise HarmonicaError(
+            f"FILE {path} is a schedule, which has no scores for --threshold or --semantics; pass "
+            "the router"
+        )
+    schedule, info = load_schedule_file(path, "FILE")
+    return RouterFile(Router.deciding(schedule.compute).logits(), info, schedule)
+
+
+def branch_costs(router: RouterFile, model: str | None, image_size: int | None) -> Costs | None:
+    """Costs of the router's branches, from its schedule or a model of the zoo; None: not known.
+
+    Raises:
+        HarmonicaError: ``--model`` is unknown, or not the router's.
     """
     if model is None and router.schedule is not None:
         return router.schedule.costs
+    if model not in (None, *MODELS):
+        raise HarmonicaError(f"--model {model} is unknown; use one of {', '.join(sorted(MODELS))}")
     name = model or router.info.model
-    if name is None or name not in MODELS:
-        raise HarmonicaError(
-            "the file does not say which model of the zoo it is for; name it with --model"
-        )
+    if name not in MODELS:
+        return None
     try:
         with torch.device("meta"):
             model = create_model(name, image_size=image_size or router.info.image_size)
@@ -42,7 +62,9 @@ def branch_costs(router: RouterFile, model: str | None, image_size: int | None) 
 @run_command
 def inspect() -> None:
     parser = CommandParser(description="Show what a router file holds.")
-    parser.add_argument("file", type=Path, help="router file, ours or published, or run directory")
+    parser.add_argument(
+        "file", type=Path, help="router file, ours or published, run directory, or schedule JSON"
+    )
     parser.add_argument("--threshold", type=float, help="default: the exported schedule")
     parser.add_argument(
         "--semantics",
@@ -53,13 +75,18 @@ def inspect() -> None:
     parser.add_argument("--model", help="for files that do not say")
     parser.add_argument("--image-size", type=int, help="likewise; default: the model's")
     parser.add_argument("--out", type=Path, help="heat map; default: beside the file")
+    parser.add_argument("--schedule", type=Path, help="also write the schedule as JSON, to this")
     arguments = parser.parse_args()
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise HarmonicaError(f"--threshold {arguments.threshold} is out of range; use 0 to 1")
 
-    router = load_router(arguments.file, "FILE")
+    router = open_file(arguments)
     costs = branch_costs(router, arguments.model, arguments.image_size)
-    schedule = router.to_schedule(costs, arguments.threshold, arguments.semantics)
+    if costs is None and arguments.schedule is not None:
+        raise HarmonicaError("--schedule holds what branches cost; name the model with --model")
+    count = router.logits.shape[1]
+    nameless = Costs(tuple(f"{i}.branch" for i in range(count)), (1,) * count, 0)
+    schedule = router.to_schedule(costs or nameless, arguments.threshold, arguments.semantics)
     known = {k: v for k, v in vars(router.info).items() if v not in (None, {}, "")}
     for name in (
         "source",
@@ -75,19 +102,25 @@ def inspect() -> None:
         if name in known:
             print(f"{name:22} {known[name]}")
     if schedule.cur == 0 and router.schedule is not None and router.schedule.cur > 0:
-        print(
-            f"note: nothing scores below --threshold {arguments.threshold}; the exported schedule"
-        )
-        print(f"reuses {router.schedule.cur:.1%}, its cut is at {router.info.threshold:.3f}")
+        threshold = router.threshold if arguments.threshold is None else arguments.threshold
+        print(f"note: nothing that counts scores below {threshold:.3f}; the exported schedule")
+        print(f"reuses {router.schedule.cur:.1%}")
     print(f"{'CUR':22} {schedule.cur:.1%}")
-    print(f"{'theoretical speed-up':22} {schedule.theoretical_speedup:.2f}x")
+    if costs is None:
+        print(f"{'theoretical speed-up':22} not known; name the model with --model")
+    else:
+        print(f"{'theoretical speed-up':22} {schedule.theoretical_speedup:.2f}x")
     print(f"{'computed per step':22} {' '.join(str(n) for n in schedule.compute.sum(axis=1))}")
     out = arguments.out
     if out is None:
         folder = arguments.file if arguments.file.is_dir() else arguments.file.parent
         out = folder / f"{arguments.file.stem}_heatmap.png"
-    router_heatmap(out, router.logits.sigmoid().numpy(), schedule, str(arguments.file.name))
+    scores, title = router.logits.sigmoid().numpy(), str(arguments.file.name)
+    router_heatmap(out, scores, schedule, title, has_costs=costs is not None)
     print(f"{'heat map':22} {out}")
+    if arguments.schedule is not None:
+        schedule.save(arguments.schedule, asdict(replace(router.info, hyperparameters={})))
+        print(f"{'schedule':22} {arguments.schedule}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from harmonica.baselines.smoothcache import (
     output_changes,
     smoothcache,
 )
-from harmonica.block_reuse import block_decisions, reused_stretches
+from harmonica.block_reuse import reused_stretches
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
 from harmonica.engine import Engine
@@ -66,7 +66,7 @@ def test_evenly_spaced_at_one_half_is_fora():
 
 
 def test_delta_dit_reuses_rear_blocks_first_and_front_blocks_later():
-    blocks = block_decisions(delta_dit(8, COSTS, interval=2, span=1, boundary=4))
+    blocks = delta_dit(8, COSTS, interval=2, span=1, boundary=4).block_compute
     assert blocks[::2].all()
     assert blocks[[1, 3]].tolist() == [[True, True, False]] * 2
     assert blocks[[5, 7]].tolist() == [[False, True, True]] * 2

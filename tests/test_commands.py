@@ -13,7 +13,13 @@ from PIL import Image
 from harmonica.comparison.config import CompareConfig
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.options import build_parser, resolve
-from harmonica.router import RouterFile, RouterInfo, load_router, save_router
+from harmonica.router import (
+    RouterFile,
+    RouterInfo,
+    load_router,
+    load_schedule_file,
+    save_router,
+)
 from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
 from harmonica.training.config import TrainConfig
@@ -57,6 +63,7 @@ def test_a_run_directory_holds_everything(run):
     assert router.info.model == "DiT-Ti/4" and router.info.sampler == "ddim"
     assert router.schedule.cur == 0.5
     assert Schedule.load(run / "schedule.json") == router.schedule
+    assert load_schedule_file(run / "schedule.json")[1].sampler == "ddim"
     for picture in ("router.png", "lambda.png", "samples.png"):
         assert np.asarray(Image.open(run / picture)).std() > 0
 
@@ -214,12 +221,15 @@ def test_inspecting_a_router(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "CUR                    50.0%" in done.stdout
     assert (tmp_path / "heat.png").is_file()
-    # A published file that does not say its model wants the flag.
+    # A published file that does not say its model has no cost without the flag.
     logits = torch.zeros(10, 1, 56)
     logits[:9, 0, :14] = -3.0
     torch.save({f"{i}.prob": row for i, row in enumerate(logits)}, tmp_path / "published.pt")
-    refused = run_command(script, "published.pt", "--threshold", "0.1", cwd=tmp_path)
-    assert refused.returncode == 2 and "--model" in refused.stderr
+    done = run_command(
+        script, "published.pt", "--threshold", "0.1", "--semantics", "ltc", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "computed per step      56 42 56" in done.stdout and "with --model" in done.stdout
     done = run_command(
         script, "published.pt", "--threshold", "0.1", "--model", "DiT-XL/2", cwd=tmp_path
     )

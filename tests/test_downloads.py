@@ -32,6 +32,8 @@ class Server(ThreadingHTTPServer):
         self.announced: str | None = None
         self.moved_to: str | None = None
         self.content = CONTENT
+        self.version: str | None = None  # its ETag
+        self.knows_if_range = True
         self.ranges: list[str | None] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -49,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", server.moved_to)
             self.end_headers()
             return
+        if self.headers.get("If-Range", server.version) != server.version and server.knows_if_range:
+            wanted = None
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         if wanted and start >= len(server.content):
             self.send_response(416)
@@ -58,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         body = server.content[start:]
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(body)))
+        if server.version:
+            self.send_header("ETag", server.version)
         if server.announced:
             self.send_header("X-Linked-ETag", f'"{server.announced}"')
         self.end_headers()
@@ -102,6 +108,24 @@ def test_an_interrupted_fetch_resumes(server, tmp_path):
     assert "partly fetched" in state(source(server.url), tmp_path)
     assert fetch(source(server.url), tmp_path).read_bytes() == CONTENT
     assert server.ranges[0] is None and server.ranges[1].startswith("bytes=")
+
+
+@pytest.mark.parametrize("knows_if_range", [True, False])
+def test_another_version_is_not_joined_to_the_first(server, tmp_path, knows_if_range):
+    server.version, server.drop_at = '"one"', 1_100_000
+    with pytest.raises(HarmonicaError):
+        fetch(source(server.url), tmp_path)
+    server.version, server.content = '"two"', CONTENT[::-1]
+    server.knows_if_range = knows_if_range
+    if not knows_if_range:
+        with pytest.raises(HarmonicaError):
+            fetch(source(server.url), tmp_path)
+    server.drop_at = 1_100_000
+    with pytest.raises(HarmonicaError):
+        fetch(source(server.url), tmp_path)
+    assert fetch(source(server.url), tmp_path).read_bytes() == CONTENT[::-1]
+    assert server.ranges[-1].startswith("bytes=")  # but a version is gone on with
+    assert left_behind(tmp_path) == ["weights.pt", "weights.pt.sha256"]
 
 
 def test_the_second_address_is_tried(server, tmp_path):

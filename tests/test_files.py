@@ -1,36 +1,62 @@
 """Files from anybody: a correct load or one sentence; and that nothing goes past the one door."""
 
 import ast
+import contextlib
 import io
 import json
 import os
 import pickle
 import random
 import signal
+import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
+from families import DIT, tiny
 from PIL import Image
+from safetensors.torch import load, save, save_file
 
+from harmonica.conditions import PromptList
 from harmonica.errors import HarmonicaError
-from harmonica.files import Npz, confined_extraction, read_array, read_yaml, write_atomically
+from harmonica.files import (
+    Npz,
+    confined_extraction,
+    read_array,
+    read_safetensors,
+    read_torch,
+    read_yaml,
+    write_atomically,
+)
 from harmonica.flops import Costs
+from harmonica.labelled_images import LabelledImages
 from harmonica.metrics.images import open_images
 from harmonica.metrics.reference import open_reference
-from harmonica.options import read_preset, to_yaml
+from harmonica.options import build_parser, read_preset, resolve, to_yaml
+from harmonica.prompts import EncodedPrompts, load_prompts, save_prompts
 from harmonica.router import RouterFile, RouterInfo, _content_hash, load_router, save_router
+from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide
 from harmonica.training.checkpoint import unpack
 from harmonica.training.config import TrainConfig
+from harmonica.weights import load_weights
+from models.dit import DiT
 
 COSTS = Costs(("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn"), (100, 200, 100), 50)
+INFO = RouterInfo(
+    model="DiT-Ti/4", image_size=32, height=32, width=32, num_classes=10, sampler="ddim", eta=0.0,
+    num_sampling_steps=4, timesteps=(9.0, 6.0, 3.0, 0.0), cfg_scale=1.5, guide_all_channels=False,
+    threshold=0.1, weights_hash="0" * 16, hyperparameters={"lr": 0.1},
+)  # fmt: skip
 ORIGIN = Origin({"seed": 0}, "weights", None)
 # Calls that open or run something; each has one place.
 DOORS = {
@@ -39,11 +65,16 @@ DOORS = {
     "safe_open", "load_file", "tarfile.open", "shutil.unpack_archive", "eval", "exec", "os.system",
     "os.popen",
 }  # fmt: skip
+# Of these, what runs what it reads: that has no place at all.
+NOWHERE = {
+    "yaml.load", "yaml.unsafe_load", "pickle.load", "pickle.loads", "eval", "exec", "os.system",
+    "os.popen",
+}  # fmt: skip
 
 
 def test_every_file_goes_through_one_door():
     """Also: no shell, no extraction, no weights that could be pickles."""
-    found = []
+    found, loads, safe = [], 0, 0
     sources = [*ROOT.glob("*.py")]
     for folder in ("harmonica", "models", "scripts"):
         sources += (ROOT / folder).rglob("*.py")
@@ -51,19 +82,30 @@ def test_every_file_goes_through_one_door():
     for source in sources:
         is_door = source.parent == ROOT / "harmonica" / "files"
         for node in ast.walk(ast.parse(source.read_text())):
+            loads += isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
             if not isinstance(node, ast.Call):
                 continue
             name, words = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
             place = f"{source.relative_to(ROOT)}:{node.lineno} {name}"
+            if name in NOWHERE:
+                found.append(place)
             if name in DOORS and not is_door and "ZipFile(file, 'w'" not in ast.unparse(node):
                 found.append(place)
             if name == "torch.load" and ast.unparse(words["weights_only"]) != "True":
                 found.append(place)
             if "shell" in words or name.endswith((".extractall", ".extract")):
                 found.append(place)
-            if name in ("AutoencoderKL.from_pretrained", "CLIPModel.from_pretrained"):
-                assert ast.unparse(words["use_safetensors"]) == "True", place
+            said = {word: ast.unparse(value) for word, value in words.items()}
+            made = [name, *map(ast.unparse, node.args[:1])]  # called, or kept for a call
+            if any(of.endswith(".from_pretrained") for of in made):
+                safe += 1
+                # A processor has no weights, and diffusers' own class no code of its own.
+                if not name.endswith("Processor.from_pretrained"):
+                    assert said.get("use_safetensors") == "True", place
+                if not name.startswith("AutoencoderKL"):
+                    assert said.get("trust_remote_code") == "False", place
     assert not found
+    assert safe == loads
 
 
 # Every kind of file, made whole.
@@ -75,8 +117,7 @@ def _schedule() -> Schedule:
 
 
 def _router(path: Path) -> None:
-    info = RouterInfo(model="DiT-Ti/4", num_sampling_steps=4, timesteps=(9.0, 6.0, 3.0, 0.0))
-    save_router(path, RouterFile(torch.randn(4, 3), info, _schedule()))
+    save_router(path, RouterFile(torch.randn(4, 3), INFO, _schedule()))
 
 
 def _published(path: Path) -> None:
@@ -119,8 +160,6 @@ def _picture(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    from dataclasses import asdict
-
     path.write_text(json.dumps(asdict(ORIGIN)))
 
 
@@ -129,10 +168,49 @@ def _shard_manifest(path: Path) -> None:
     path.write_text(json.dumps(record))
 
 
+def _diffusers(path: Path) -> None:
+    """The tiny DiT under diffusers' names."""
+    import re
+
+    state, renamed = tiny("dit").state_dict(), {}
+    del state["pos_embed"]
+    names = (
+        ("x_embedder.proj", "pos_embed.proj"),
+        ("t_embedder.mlp.0", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"),
+        ("t_embedder.mlp.2", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"),
+        ("y_embedder", "transformer_blocks.0.norm1.emb.class_embedder"),
+        ("final_layer.adaLN_modulation.1", "proj_out_1"),
+        ("final_layer.linear", "proj_out_2"),
+        (r"blocks\.(\d+)\.adaLN_modulation.1", r"transformer_blocks.\1.norm1.linear"),
+        (r"blocks\.(\d+)\.attn.proj", r"transformer_blocks.\1.attn1.to_out.0"),
+        (r"blocks\.(\d+)\.mlp.fc1", r"transformer_blocks.\1.ff.net.0.proj"),
+        (r"blocks\.(\d+)\.mlp.fc2", r"transformer_blocks.\1.ff.net.2"),
+    )
+    for key, value in state.items():
+        if found := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", key):
+            block, kind = found.groups()
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"transformer_blocks.{block}.attn1.to_{part}.{kind}"] = tensor.clone()
+            continue
+        for ours, theirs in names:
+            key = re.sub(f"^{ours}", theirs, key)
+        renamed[key] = value
+    save_file(renamed, path)
+
+
+def _prompts(path: Path) -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    embeddings = torch.ones(2, 3, 4, dtype=torch.float16) * mask[..., None]
+    save_prompts(
+        path, EncodedPrompts(("a", "b"), embeddings, mask, embeddings[1], mask[1].clone(), "t5")
+    )
+
+
 # And what takes it in.
 
 
 def use_router(path: Path) -> None:
+    resolve(SampleConfig, build_parser(SampleConfig, "").parse_args(["--path", str(path)]))
     router = load_router(path)
     schedule = router.to_schedule(COSTS if router.logits.shape[1] == 3 else _costs_of(router))
     use(schedule)
@@ -150,6 +228,7 @@ def use(schedule: Schedule) -> None:
 
 
 def use_schedule(path: Path) -> None:
+    resolve(SampleConfig, build_parser(SampleConfig, "").parse_args(["--path", str(path)]))
     use(Schedule.load(path))
 
 
@@ -177,6 +256,15 @@ def use_picture(path: Path) -> None:
     use_images(folder)
 
 
+def use_weights(path: Path) -> None:
+    load_weights(DiT(DIT), path, "DiT")
+
+
+def use_prompts(path: Path) -> None:
+    prompts = PromptList(load_prompts(path), (8, 8))
+    assert prompts.of(torch.tensor([0])).embeddings.isfinite().all() and prompts.content_hash()
+
+
 def use_preset(path: Path) -> None:
     TrainConfig(**read_preset(TrainConfig, path)).check()
 
@@ -202,12 +290,15 @@ def use_shard_manifest(path: Path) -> None:
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "router.safetensors": (_router, use_router),
     "published.pt": (_published, use_router),
-    "schedule.json": (lambda path: _schedule().save(path), use_schedule),
+    "schedule.json": (lambda path: _schedule().save(path, asdict(INFO)), use_schedule),
     "statistics.npz": (_statistics, use_statistics),
     "images.npz": (_images, use_images),
     "images.npy": (_npy, use_npy),
     "checkpoint.pt": (_checkpoint, use_checkpoint),
     "picture.png": (_picture, use_picture),
+    "weights.pt": (lambda path: torch.save({"ema": tiny("dit").state_dict()}, path), use_weights),
+    "diffusers.safetensors": (_diffusers, use_weights),
+    "prompts.safetensors": (_prompts, use_prompts),
     "preset.yaml": (lambda path: path.write_text(to_yaml(TrainConfig())), use_preset),
     "manifest.json": (_manifest, use_manifest),
     "shard.json": (_shard_manifest, use_shard_manifest),
@@ -275,18 +366,24 @@ def spoil_values(value, draw: random.Random):
 
 def reseal_router(path: Path, draw: random.Random) -> None:
     """A router file whose record was changed by somebody who knows how its hash is made."""
-    from safetensors.torch import load, save
-
-    from harmonica.files import read_safetensors
-
     tensors, metadata = read_safetensors(path)
     part = draw.choice(("info", "schedule"))
     metadata[part] = json.dumps(spoil_values(json.loads(metadata[part]), draw))
     logits = tensors["logits"]
     if draw.random() < 0.3:
-        others = (logits[:0], logits[0], logits[:, :2], logits.double(), logits / 0, logits.int())
+        others = (
+            logits[:0],
+            logits[0],
+            logits[:, :2],
+            logits.double(),
+            logits / 0,
+            logits.int(),
+            logits.bfloat16(),
+            logits.to(torch.complex64),
+        )
         logits = draw.choice(others).contiguous()
-    metadata["content_hash"] = _content_hash(logits, metadata["schedule"], metadata["info"])
+    hashed = logits.float() if logits.dtype == torch.bfloat16 else logits  # numpy has none
+    metadata["content_hash"] = _content_hash(hashed, metadata["schedule"], metadata["info"])
     path.write_bytes(save({"logits": logits}, metadata))
     assert load(path.read_bytes())
 
@@ -307,26 +404,63 @@ def reseal_schedule(path: Path, draw: random.Random) -> None:
 
 
 def reseal_tree(path: Path, draw: random.Random) -> None:
-    content = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_text())
-    path.write_text(json.dumps(spoil_values(content, draw)))
+    path.write_text(json.dumps(spoil_values(json.loads(path.read_text()), draw)))
+
+
+def reseal_preset(path: Path, draw: random.Random) -> None:
+    """A preset with another value, or one that a tag would have a command make."""
+    content = read_yaml(path)
+    if draw.random() < 0.5:
+        path.write_text(json.dumps(spoil_values(content, draw)))
+        return
+    command = f"touch {path.parent / 'executed'}"
+    tag = draw.choice(
+        (f'!!python/object/apply:os.system ["{command}"]',
+         f'!!python/object/new:os.system ["{command}"]',
+         f'!!python/object/apply:subprocess.check_call [[{", ".join(command.split())}]]',
+         f'!!python/object/apply:builtins.eval ["__import__(\'os\').system(\'{command}\')"]')
+    )  # fmt: skip
+    key = draw.choice(list(content))
+    rest = {name: value for name, value in content.items() if name != key}
+    path.write_text(f"{yaml.safe_dump(rest)}{key}: {tag}\n")
+
+
+def npy(array: np.ndarray, **header) -> bytes:
+    """An array as a file, with something else in its header."""
+    buffer = io.BytesIO()
+    if array.dtype.hasobject:
+        np.save(buffer, array)
+        return buffer.getvalue()
+    told = {**np.lib.format.header_data_from_array_1_0(array), **header}
+    np.lib.format.write_array_header_1_0(buffer, told)
+    return buffer.getvalue() + array.tobytes("A")
 
 
 def reseal_npz(path: Path, draw: random.Random) -> None:
     """Arrays of other shapes and types, in an archive that is whole."""
     with np.load(path) as file:
         arrays = dict(file)
+    members = {name: npy(array) for name, array in arrays.items()}
     name = draw.choice(list(arrays))
     array = arrays[name]
-    arrays[name] = draw.choice(
+    others = (
         (array[..., None], array.astype(object), array.astype("M8[s]"), array.ravel()[:0],
          np.asfortranarray(array), np.array("text"), array.astype(complex), array.astype(">i8"),
          np.full_like(array.astype(float), np.nan))
         if array.dtype.kind != "U"
-        else (np.zeros(3), np.array([1, 2]))
+        else (np.zeros(3), np.array([1, 2]), np.array("\ud800"))
+    )  # fmt: skip
+    nothing = array.ravel()[:0]
+    members[name] = draw.choice(
+        (*map(npy, others), npy(nothing, descr="<U0", shape=array.shape),
+         npy(nothing, descr="|V0", shape=()), npy(array, descr=("|u1", (array.itemsize,))),
+         *(npy(np.array(code, "<u4"), descr="<U1") for code in (0x110000, 2**31, 2**32 - 1)))
     )  # fmt: skip
     if draw.random() < 0.3:
-        del arrays[draw.choice(list(arrays))]
-    np.savez(path, **arrays)
+        del members[draw.choice(list(members))]
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(f"{member}.npy", content)
 
 
 class Malicious:
@@ -356,17 +490,74 @@ def reseal_pickle(path: Path, draw: random.Random) -> None:
             torch.save(state, path)
 
 
+def reseal_tensors(path: Path, draw: random.Random) -> None:
+    """A file of tensors, some of which are others."""
+    if path.suffix == ".pt" and draw.random() < 0.3:
+        reseal_pickle(path, draw)
+        return
+    is_safe = path.suffix == ".safetensors"
+    tensors, metadata = read_safetensors(path) if is_safe else (read_torch(path)["ema"], {})
+    key, other = draw.choice(list(tensors)), draw.choice(list(tensors))
+    value = tensors[key]
+    others = [value[:1], value[None], value.int(), value.double(), value / 0, value.bfloat16()]
+    others += [tensors[other], torch.zeros(()), torch.zeros(0), value.to(torch.complex64)]
+    if not is_safe:
+        others += [value.to_sparse(), value.to("meta"), 3, None, "x"]
+    match draw.randrange(4):
+        case 0:
+            del tensors[key]
+        case 1:
+            tensors[draw.choice(("x", "transformer_blocks.9999999999.x", "blocks.0"))] = value
+        case _:
+            tensors[key] = draw.choice(others)
+    if metadata and draw.random() < 0.3:
+        metadata["texts"] = json.dumps(spoil_values(json.loads(metadata["texts"]), draw))
+    if is_safe:
+        path.write_bytes(save({k: v.clone().contiguous() for k, v in tensors.items()}, metadata))
+    else:
+        torch.save({"ema": tensors if draw.random() < 0.9 else {1: value}}, path)
+
+
 RESEAL = {
+    "weights.pt": reseal_tensors,
+    "diffusers.safetensors": reseal_tensors,
+    "prompts.safetensors": reseal_tensors,
     "router.safetensors": reseal_router,
     "published.pt": reseal_pickle,
     "checkpoint.pt": reseal_pickle,
     "schedule.json": reseal_schedule,
     "statistics.npz": reseal_npz,
     "images.npz": reseal_npz,
-    "preset.yaml": reseal_tree,
+    "preset.yaml": reseal_preset,
     "manifest.json": reseal_tree,
     "shard.json": reseal_tree,
 }
+
+
+class Hang(BaseException):
+    """No exception that a reader could take for a fault of its file."""
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises Hang where what it holds takes longer."""
+
+    def hang(*_):
+        raise Hang
+
+    earlier = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
+def test_a_reader_that_hangs_is_no_refusal(tmp_path):
+    os.mkfifo(tmp_path / "endless.npy")
+    with pytest.raises(Hang), within(0.1):
+        outcome(use_npy, tmp_path / "endless.npy")
 
 
 def outcome(use: Callable[[Path], None], path: Path) -> str:
@@ -391,30 +582,38 @@ def test_spoilt_files_load_or_are_refused(name, tmp_path, request, faults):
     make(path)
     whole = path.read_bytes()
     assert outcome(use, path) == "loaded"
-
-    def hang(*_):
-        raise TimeoutError("it hangs")
-
-    signal.signal(signal.SIGALRM, hang)
     for number in range(count):
         path.write_bytes(whole)
         if name in RESEAL and number % 2:
             RESEAL[name](path, draw)
         else:
             path.write_bytes(spoil_bytes(whole, draw))
-        signal.alarm(20)
         try:
-            found[outcome(use, path)] += 1
+            with within(20):
+                found[outcome(use, path)] += 1
         except BaseException:
             (Path(os.environ.get("FUZZ_KEEP", tmp_path)) / f"failed-{name}").write_bytes(
                 path.read_bytes()
             )
             raise
-        finally:
-            signal.alarm(0)
         assert not (tmp_path / "executed").exists()
     assert found["refused"] > count / 10
     faults.add("spoilt files", count)
+
+
+@pytest.mark.parametrize("code", [0x80, 0xD800, 0x110000, 2**31, 2**32 - 1])
+def test_a_name_is_made_of_plain_characters(tmp_path, code):
+    path = tmp_path / "statistics.npz"
+    _statistics(path)
+    assert open_reference(str(path)).extractor_sha256 == "abc"
+    with np.load(path) as file:
+        members = {name: npy(array) for name, array in file.items()}
+    members["extractor"] = npy(np.array(code, "<u4"), descr="<U1")
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(f"{member}.npy", content)
+    with pytest.raises(HarmonicaError, match="extractor is no text"):
+        open_reference(str(path))
 
 
 def test_bombs_are_refused_without_being_unpacked(tmp_path):
@@ -452,6 +651,22 @@ def test_bombs_are_refused_without_being_unpacked(tmp_path):
     write_atomically(bomb, bytes(content))
     with pytest.raises(HarmonicaError):
         Npz(bomb, "--samples")["arr_0"].rows(range(1))
+
+
+def test_labelled_images_go_through_the_door_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "0.png"
+    Image.new("CMYK", (9, 8), (0, 255, 255, 0)).save(path, format="JPEG")
+    image, label = LabelledImages(str(tmp_path), 8)[0]
+    assert image.shape == (3, 8, 8) and label == 0 and image[0].min() > 200 > image[1].max()
+    # A picture of two gigapixels, if one believes its first bytes.
+    _picture(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 50_000, 50_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    with pytest.raises(HarmonicaError, match=r"--data: .*0\.png cannot be read .*pixels"):
+        LabelledImages(str(tmp_path), 8)[0]
 
 
 def test_archives_stay_in_their_folder(tmp_path):

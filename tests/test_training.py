@@ -164,6 +164,11 @@ def test_learning_to_cache_compares_at_noised_images(tmp_path, labelled_images):
     assert found[0].error.item() == pytest.approx(error.square().mean().item(), rel=1e-4)
 
 
+def test_what_a_file_browser_leaves_is_nobodys_work(tmp_path):
+    (tmp_path / ".DS_Store").write_text("")
+    assert RunDirectory.create(tmp_path, TrainConfig()).path.is_dir()
+
+
 @pytest.mark.slow
 def test_two_processes_refuse_together(tmp_path):
     (tmp_path / "results").mkdir()

@@ -35,6 +35,8 @@ def read_header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype, 
         raise Pickled("pickled objects are never loaded; save plain arrays")
     if is_fortran and len(shape) > 1:
         raise ValueError("it is in Fortran order; save it in C order")
+    if dtype.itemsize == 0:
+        raise ValueError("its numbers are of no size")
     start = file.tell()
     if any(side < 0 for side in shape) or size - start != math.prod(shape) * dtype.itemsize:
         raise ValueError("it is shorter or longer than its header says")

@@ -94,23 +94,23 @@ class NpzArray:
 
     def rows(self, indices: range) -> np.ndarray:
         """Consecutive rows, (n, *shape[1:]); going through them in order reads the file once."""
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        data = self._read(indices.start * row, len(indices) * row)
-        return np.frombuffer(data, self.dtype).reshape(len(indices), *self.shape[1:])
+        return self._read(indices.start, (len(indices), *self.shape[1:]))
 
     def whole(self) -> np.ndarray:
         """All of it."""
-        data = self._read(0, math.prod(self.shape) * self.dtype.itemsize)
-        return np.frombuffer(data, self.dtype).reshape(self.shape)
+        return self._read(0, self.shape)
 
-    def _read(self, offset: int, size: int) -> bytearray:
+    def _read(self, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of this shape, from row ``start`` on."""
+        row, size = (math.prod(s) * self.dtype.itemsize for s in (self.shape[1:], shape))
         try:
             if size > MOST_BYTES:
                 raise ValueError(f"{self.name} is larger than {MOST_BYTES >> 30} GB")
-            self._file.seek(self._start + offset)
+            self._file.seek(self._start + start * row)
             data = self._file.read(size)
+            if len(data) < size:
+                raise EOFError(f"{self.name} ends early")
+            # Arrays that PyTorch takes are writable.
+            return np.frombuffer(bytearray(data), self.dtype).reshape(shape)
         except _DAMAGED as error:
             raise self._npz._damaged(error) from None
-        if len(data) < size:
-            raise self._npz._damaged(EOFError(f"{self.name} ends early"))
-        return bytearray(data)  # arrays that PyTorch takes are writable

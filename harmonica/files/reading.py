@@ -103,13 +103,17 @@ def read_array(path: Path) -> tuple[np.ndarray, str]:
     return array, hashlib.sha256(content).hexdigest()
 
 
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 of an RGB or grey image file."""
+def read_image(path: Path, converts: bool = False) -> np.ndarray:
+    """(H, W, 3) uint8 of an RGB or grey image file.
+
+    Args:
+        converts: take palettes, CMYK and transparency too, as PIL makes RGB of them.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if image.mode not in ("RGB", "L"):
+                if not converts and image.mode not in ("RGB", "L"):
                     raise ValueError(f"its mode is {image.mode}, not RGB")
                 return np.array(image.convert("RGB"))
     except Exception as error:  # decoders of a dozen formats raise what they like

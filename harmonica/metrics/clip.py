@@ -31,8 +31,9 @@ class ClipScore:
                 "--prompts needs transformers; install the project with its extra [text]"
             ) from None
         try:
-            self._model = CLIPModel.from_pretrained(name, use_safetensors=True).eval().to(device)
-            self._processor = CLIPProcessor.from_pretrained(name)
+            model = CLIPModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+            self._model = model.eval().to(device)
+            self._processor = CLIPProcessor.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().split("\n")[0][:160]
             raise HarmonicaError(

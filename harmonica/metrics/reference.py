@@ -120,7 +120,7 @@ def open_reference(name: str) -> Reference:
         spatial=_moments(npz, "mu_s", "sigma_s") if "mu_s" in npz else None,
         features=_features(npz) if "features" in npz else None,
         images=NpzImages(path, FLAG) if "arr_0" in npz else None,
-        extractor_sha256=str(npz["extractor"].whole()) if "extractor" in npz else None,
+        extractor_sha256=_text(npz, "extractor") if "extractor" in npz else None,
     )
 
 
@@ -146,6 +146,15 @@ def _moments(npz: Npz, mean_name: str, covariance_name: str) -> Moments:
         covariance.astype(np.float64),
         int(count) if count.ndim == 0 and count.dtype.kind in "iu" else None,
     )
+
+
+def _text(npz: Npz, name: str) -> str:
+    array = npz[name].whole()
+    is_text = array.dtype.kind == "U" and array.ndim == 0
+    # Numbers that are no characters must not become a string.
+    if not is_text or (array.reshape(1).view(f"{array.dtype.byteorder}u4") >= 128).any():
+        raise HarmonicaError(f"{FLAG} {npz.path}: {name} is no text; make the file again")
+    return array.item()
 
 
 def _features(npz: Npz) -> Tensor:

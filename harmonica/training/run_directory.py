@@ -70,7 +70,7 @@ class RunDirectory:
             raise HarmonicaError(f"--results-dir {parent} is a file; pass a folder")
         try:
             entries = list(parent.iterdir()) if parent.exists() else []
-            foreign = [entry.name for entry in entries if entry.is_file()]
+            foreign = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
             if foreign:
                 raise HarmonicaError(
                     f"--results-dir {parent} holds files that are not runs ({foreign[0]}); pass an "

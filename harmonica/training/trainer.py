@@ -64,7 +64,11 @@ class Trainer:
         frozen = None
         if config.freeze_schedule is not None:
             frozen = load_schedule(
-                config.freeze_schedule, None, self.backbone, flag="--freeze-schedule"
+                config.freeze_schedule,
+                None,
+                self.backbone,
+                flag="--freeze-schedule",
+                needs_schedule=True,
             )
             if frozen.reuses != "branches" or frozen.compute.all():
                 raise HarmonicaError(
@@ -237,7 +241,7 @@ class Trainer:
         config, backbone, schedule = self.config, self.backbone, self.learner.schedule()
         logits = self.learner.logits().cpu()
         directory.record_effort(self.effort)
-        schedule.save(directory.schedule)
+        schedule.save(directory.schedule, asdict(backbone.router_info()))
         save_router(  # last: a run that has one is finished
             directory.router,
             RouterFile(
