@@ -1,7 +1,12 @@
 """The command-line files as a user runs them: what they make, and what they refuse."""
 
 import json
+import os
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -395,6 +400,90 @@ def test_the_published_way_to_say_ddim(tmp_path):
     assert done.returncode == 0, done.stderr
     a, b = (np.asarray(Image.open(tmp_path / n / "uncached" / "000000.png")) for n in "ab")
     assert (a == b).all()
+
+
+def shell(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script with bash as the shell scripts run: any failure ends it."""
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+# A Python without ensurepip, as Debian and Ubuntu have it: `-m venv` leaves half an environment.
+# Its pip, if it has one, installs an empty module where it is told to.
+DEBIAN = f"""
+case "$1 $2" in
+  "-m venv")
+    {sys.executable} -m venv --without-pip .venv
+    [ "$3" = --without-pip ] || {{ echo "ensurepip is not available"; exit 1; }} ;;
+  "-m pip") $HAS_PIP && mkdir -p "${{@: -1}}/pip" && touch "${{@: -1}}/pip/__init__.py" ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+def test_an_environment_is_made_without_ensurepip_or_not_at_all(tmp_path):
+    python = executable(tmp_path / "debian", DEBIAN)
+    make = f"source {ROOT}/scripts/environment.sh; make_environment"
+    done = shell(make, tmp_path, PYTHON=str(python), HAS_PIP="false")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "python3-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    done = shell(f"{make}; has_pip", tmp_path, PYTHON=str(python), HAS_PIP="true")
+    assert done.returncode == 0, done.stderr
+    # Half an environment, which an earlier version left behind, is made whole.
+    done = shell(
+        f"{sys.executable} -m venv --without-pip --clear .venv; {make}; has_pip", tmp_path,
+        PYTHON=str(python), HAS_PIP="true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_old_python_is_refused(tmp_path):
+    old = "exit 1"  # to whether it is new enough
+    python = executable(tmp_path / "old", old)
+    install = f"source {ROOT}/scripts/environment.sh; install_project"
+    done = shell(install, tmp_path, PYTHON=str(python))
+    assert done.returncode == 2 and "set PYTHON" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    executable(tmp_path / ".venv" / "bin" / "python", old)
+    done = shell(install, tmp_path)
+    assert done.returncode == 2 and "remove it" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_demo_samples_with_the_router_that_it_trained(tmp_path):
+    """Not with another run beside it, whatever its name."""
+    for name in ("demo.sh", "environment.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").write_text("")
+    for run in ("999-DiT-Ti-4-T20", "1001-DiT-Ti-4-T20"):
+        (tmp_path / "results" / run).mkdir(parents=True)
+    trained = "results/1000-DiT-Ti-4-T20"
+    executable(
+        tmp_path / ".venv" / "bin" / "python",
+        f"""
+        case "$1" in
+          train_router.py) echo "a line before"; echo "router and pictures: {trained}" ;;
+          sample.py) echo "$@" > sampled ;;
+        esac
+        """,
+    )
+    done = shell("bash scripts/demo.sh", tmp_path)
+    assert done.returncode == 0, done.stderr
+    sampled = (tmp_path / "sampled").read_text()
+    assert f"--path {trained} " in sampled and f"--out {trained}/samples" in sampled
+    assert "a line before" in done.stdout and f"router: {trained}/router.png" in done.stdout
 
 
 README_COMMANDS = [
