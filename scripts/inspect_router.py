@@ -16,9 +16,15 @@ def branch_costs(router: RouterFile, model: str | None, image_size: int | None) 
     """Costs of the router's branches, from its schedule or from a model of the zoo.
 
     Raises:
-        HarmonicaError: the file does not say its model and ``--model`` does not either.
+        HarmonicaError: the file does not say its model and ``--model`` does not either; or an
+            image size that nothing reads.
     """
     if model is None and router.schedule is not None:
+        if image_size is not None:
+            raise HarmonicaError(
+                f"--image-size {image_size} is for --model; drop it, or add that: the file knows "
+                "the costs of its branches"
+            )
         return router.schedule.costs
     name = model or router.info.model
     if name is None or name not in MODELS:
@@ -51,7 +57,7 @@ def inspect() -> None:
         help="how scores are read; ltc: every other step computes all (Learning-to-Cache)",
     )
     parser.add_argument("--model", help="for files that do not say")
-    parser.add_argument("--image-size", type=int, help="likewise; default: the model's")
+    parser.add_argument("--image-size", type=int, help="with --model; default: the model's")
     parser.add_argument("--out", type=Path, help="heat map; default: beside the file")
     arguments = parser.parse_args()
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:

@@ -16,6 +16,7 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from harmonica.comparison.config import CompareConfig
+from harmonica.flops import Costs
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.options import build_parser, resolve
 from harmonica.router import RouterFile, RouterInfo, load_router, save_router
@@ -204,6 +205,31 @@ def test_flags_on_a_resolved_config_act_as_on_the_defaults(run, tmp_path):
         assert [getattr(a, name) for name in names] == [getattr(b, name) for name in names]
 
 
+def test_options_that_a_flag_makes_idle_go_with_it(tmp_path):
+    """Nobody is refused for what a preset or a router says of an option that the flag replaces."""
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("l1: 1.0e-7\nthreshold: 0.3\neta: 0.5\n")
+
+    def resolved(*flags):
+        arguments = ["--config", str(preset), *flags]
+        return resolve(TrainConfig, build_parser(TrainConfig, "").parse_args(arguments))
+
+    assert (resolved().threshold, resolved().eta) == (0.3, 0.5)
+    assert resolved("--l1", "2e-7").threshold == 0.3
+    assert resolved("--target-cur", "0.4").threshold == 0.1
+    assert resolved("--freeze-schedule", "x.json", "--predictor", "learned").threshold == 0.1
+    assert resolved("--sampler", "iddpm").eta == 0
+    info = RouterInfo(sampler="ddim", eta=0.5)
+    save_router(tmp_path / "router.safetensors", RouterFile(torch.zeros(20, 6), info))
+
+    def replayed(*flags):
+        arguments = ["--path", str(tmp_path / "router.safetensors"), *flags]
+        return resolve(SampleConfig, build_parser(SampleConfig, "").parse_args(arguments))
+
+    assert replayed().eta == 0.5
+    assert replayed("--sampler", "iddpm", "--force").eta == 0
+
+
 @pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
 def test_every_resolved_config_is_yaml(script, tmp_path):
     done = run_command(
@@ -275,6 +301,11 @@ def refusals(tmp_path):
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("x")
     save_router(tmp_path / "other.safetensors", RouterFile(torch.zeros(20, 6), RouterInfo()))
+    costs = Costs(tuple(f"blocks.{i}.attn" for i in range(6)), (1,) * 6, 1)
+    save_router(
+        tmp_path / "with_schedule.safetensors",
+        RouterFile(torch.zeros(20, 6), RouterInfo(), Schedule.full(20, costs)),
+    )
     train, sample = "train_router.py", "sample.py"
     return [
         ([train, "--model", "DiT-XXL/2"], "--model DiT-XXL/2"),
@@ -300,7 +331,15 @@ def refusals(tmp_path):
         ([train, "--method", "learning-to-cache", "--data", "absent", "--target-cur", "0.2"],
          "--data absent"),
         ([train, "--data", "absent"], "--data"),
-        ([train, "--cuda-graphs"], "--cuda-graphs"),
+        ([train, "--cuda-graphs"], "--cuda-graphs is for sampling"),
+        ([train, "--threshold", "0.3"], "--threshold is for --l1"),
+        ([train, "--config", str(ROOT / "configs" / "demo.yaml"), "--compile"], "--compile is for"),
+        ([train, "--sampler", "iddpm", "--eta", "0.5"], "--eta is for --sampler ddim"),
+        ([sample, "--sampler", "dpm-solver++", "--eta", "1"], "--eta is for --sampler ddim"),
+        ([sample, "--shard-size", "64"], "--shard-size is for --num-samples"),
+        ([sample, "--timeout", "60"], "--timeout is for --num-samples"),
+        (["scripts/inspect_router.py", "with_schedule.safetensors", "--image-size", "32"],
+         "--image-size 32 is for --model"),
         ([train, "--resume", "absent"], "--resume absent"),
         ([train, "--resume", "foreign"], "--resume foreign"),
         ([train, "--keep-ckpts", "1"], "--keep-ckpts 1"),
