@@ -1,7 +1,10 @@
 """The command-line files as a user runs them: what they make, and what they refuse."""
 
+import argparse
 import json
 import os
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -17,8 +20,7 @@ from PIL import Image
 
 from harmonica.comparison.config import CompareConfig
 from harmonica.flops import Costs
-from harmonica.metrics.config import EvaluateConfig
-from harmonica.options import build_parser, resolve
+from harmonica.options import CommandParser, build_parser, resolve
 from harmonica.router import RouterFile, RouterInfo, load_router, save_router
 from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
@@ -400,8 +402,6 @@ def refusals(tmp_path):
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
     """Run in this process, the files being the same ones: three dozen imports of torch are slow."""
-    import runpy
-
     cases = refusals(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -525,29 +525,75 @@ def test_the_demo_samples_with_the_router_that_it_trained(tmp_path):
     assert "a line before" in done.stdout and f"router: {trained}/router.png" in done.stdout
 
 
-README_COMMANDS = [
-    shlex.split(line, comments=True)
-    for path in (ROOT / "README.md", *sorted((ROOT / "configs").glob("*.yaml")))
-    for line in path.read_text().splitlines()
-    for line in [line.removeprefix("#   ")]
-    if line.startswith(".venv/bin/")
-]
+def documented_commands() -> list[tuple[str, ...]]:
+    """Every command of the documents and presets, from the script on, without what launches it."""
+    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "models/weights/README.md")]
+    lines = "\n".join(texts).splitlines()
+    for preset in sorted((ROOT / "configs").glob("*.yaml")):
+        lines += [line.removeprefix("#").strip() for line in preset.read_text().splitlines()]
+    # Commands in prose may run over a line's end.
+    prose = re.sub(r"```.*?```", "", "\n".join(texts), flags=re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    launches = re.compile(r"(\.venv/bin/\S+ |python |bash |sbatch )")
+    found = [line for line in lines if launches.match(line)]
+    found += [span for span in spans if re.match(r"((python|bash|sbatch) )?\S+\.(py|sh)\b", span)]
+    words = [shlex.split(line, comments=True) for line in found]
+    return sorted({tuple(command[_place_of_script(command) :]) for command in words})
 
 
-@pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
+def _place_of_script(command: list[str]) -> int:
+    return next(i for i, word in enumerate(command) if word.endswith((".py", ".sh")))
+
+
+DOCUMENTED = documented_commands()
+
+
+def parse_only(script: str, flags: tuple[str, ...], monkeypatch) -> None:
+    """Run a script with its own parser and configuration, up to where its work would begin."""
+
+    def parse_args(parser: CommandParser) -> argparse.Namespace:
+        known, parse = parser._option_string_actions, argparse.ArgumentParser.parse_args
+        if flags[-1] in known and known[flags[-1]].nargs != 0:
+            # Prose names the flag without a value.
+            parse(parser, flags[:-1])
+            sys.exit(0)
+        arguments = parse(parser, flags)
+        if "--dry-run" not in known:
+            sys.exit(0)
+        arguments.dry_run = True
+        return arguments
+
+    monkeypatch.setattr(CommandParser, "parse_args", parse_args)
+    monkeypatch.setattr("sys.argv", [script, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stopped.value.code == 0
+
+
+@pytest.mark.parametrize("command", DOCUMENTED, ids=" ".join)
 def test_documented_commands_resolve(command, tmp_path, monkeypatch):
+    script, *flags = command
+    assert (ROOT / script).is_file()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    script = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    assert (ROOT / command[script]).is_file()
-    kinds = {
-        "train_router.py": TrainConfig, "sample.py": SampleConfig, "evaluate.py": EvaluateConfig,
-        "scripts/compare.py": CompareConfig,
+    of_sbatch = {
+        "scripts/slurm_train.sh": "train_router.py", "scripts/slurm_sample.sh": "sample.py",
     }  # fmt: skip
-    if command[script] in kinds:
-        kind = kinds[command[script]]
-        resolve(kind, build_parser(kind, "").parse_args(command[script + 1 :]))
+    script = of_sbatch.get(script, script)
+    if flags and script.endswith(".py"):
+        parse_only(script, tuple(flags), monkeypatch)
 
 
 def test_documented_commands_were_found():
-    assert len(README_COMMANDS) >= 10
+    scripts = {script for script, *_ in DOCUMENTED}
+    assert {path.name for path in ROOT.glob("*.py")} <= scripts
+    of_scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
+    assert of_scripts | {"scripts/demo.sh", "scripts/slurm_train.sh"} <= scripts
+    # In prose, over the end of a line.
+    assert any(len(command) > 10 for command in DOCUMENTED if command[0] == "scripts/compare.py")
+
+
+@pytest.mark.parametrize("flags", [("--no-such-flag",), ("--lr", "x"), ("--model", "DiT-XXL/2")])
+def test_a_documented_command_that_does_not_work_would_be_found(flags, monkeypatch):
+    with pytest.raises(AssertionError):
+        parse_only("train_router.py", flags, monkeypatch)
