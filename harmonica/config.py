@@ -50,6 +50,7 @@ class BackboneConfig(Options):
     """
 
     READS_PROMPTS: ClassVar[bool] = False
+    REPLACED_BY_FLAG: ClassVar = ((("sampler",), ("eta",)),)
 
     model: str = option("DiT-Ti/4", "model of the zoo")
     image_size: int | None = option(None, "image side in pixels; default: the model's", low=1)
@@ -134,6 +135,8 @@ class BackboneConfig(Options):
                 f"--sampler iddpm needs a learned variance, which {self.model} does not have; use "
                 f"{spec.sampler}"
             )
+        if self.eta and self.sampler != "ddim":
+            raise HarmonicaError(f"--eta is for --sampler ddim, not {self.sampler}; drop it")
         others = {name for other in MODELS.values() for name in other.latent.autoencoders}
         if self.vae in others - set(spec.latent.autoencoders):
             known = ", ".join([*spec.latent.autoencoders, "a path"])

@@ -41,8 +41,8 @@ class Options:
 
     Attributes:
         REPLACED_BY_FLAG: (flags, names): one of the flags, where it says something else than a
-            preset, replaces what that says of the names; so does one of the names that was
-            replaced, in rows below.
+            preset or a file, replaces what that says of the names; so does one of the names that
+            was replaced, in rows below.
         SMALL: what ``--quick`` sets unless a flag says otherwise.
     """
 
@@ -195,7 +195,11 @@ def resolve(cls: type[Config], arguments: argparse.Namespace) -> Config:
             values = {name: value for name, value in values.items() if name not in replaced}
             changed |= {name for name in replaced if said[name] != defaults[name]}
     values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    config = cls(**{**cls.known_from_files(values), **values})
+    known = cls.known_from_files(values)
+    for flags, replaced in cls.REPLACED_BY_FLAG:
+        if any(name in known and values.get(name, known[name]) != known[name] for name in flags):
+            known = {name: value for name, value in known.items() if name not in replaced}
+    config = cls(**{**known, **values})
     config.check()
     return config
 

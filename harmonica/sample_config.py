@@ -1,6 +1,6 @@
 """What is replayed, and what is sampled: flags, presets, and the record of both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from harmonica.baselines import METHODS
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig, budget_of, check_one_budget
 from harmonica.errors import HarmonicaError
-from harmonica.options import option
+from harmonica.options import flag_of, option
 from harmonica.predictors import COORDINATES, PREDICTORS
 from harmonica.router import SEMANTICS, load_router, load_schedule_file
 
@@ -22,6 +22,9 @@ NOT_OF_THE_IMAGES = (
     "timeout", "batch_size", "out", "compare", "repeats", "compile",
     "cuda_graphs", "text_encoder",
 )  # fmt: skip
+
+# What makes images to measure alone takes notice of.
+OF_SHARDS = ("png", "shard_size", "timeout")
 
 
 def known_from_router(values: dict[str, Any]) -> dict[str, Any]:
@@ -168,9 +171,15 @@ class SampleConfig(ReplayConfig):
                     "--num-samples makes images to measure, --num-images and --compare some to "
                     "look at; pass one or the other"
                 )
-        elif self.png:
-            raise HarmonicaError("--png is for --num-samples; drop it")
+        else:
+            self._check_no_shards()
         if self.path is None and self.accelerate_method is not None:
             raise HarmonicaError("--accelerate-method replays a router; name it with --path")
         if self.compare and self.path is None and self.method is None:
             raise HarmonicaError("--compare needs a router or a method; add --path or --method")
+
+    def _check_no_shards(self) -> None:
+        """Refuse what is for --num-samples."""
+        for spec in fields(self):
+            if spec.name in OF_SHARDS and getattr(self, spec.name) != spec.default:
+                raise HarmonicaError(f"{flag_of(spec.name)} is for --num-samples; drop it")

@@ -36,9 +36,15 @@ def branch_costs(router: RouterFile, model: str | None, image_size: int | None) 
     """Costs of the router's branches, from its schedule or a model of the zoo; None: not known.
 
     Raises:
-        HarmonicaError: ``--model`` is unknown, or not the router's.
+        HarmonicaError: ``--model`` is unknown, or not the router's; or an image size that nothing
+            reads.
     """
     if model is None and router.schedule is not None:
+        if image_size is not None:
+            raise HarmonicaError(
+                f"--image-size {image_size} is for --model; drop it, or add that: the file knows "
+                "the costs of its branches"
+            )
         return router.schedule.costs
     if model not in (None, *MODELS):
         raise HarmonicaError(f"--model {model} is unknown; use one of {', '.join(sorted(MODELS))}")
@@ -73,7 +79,7 @@ def inspect() -> None:
         help="how scores are read; ltc: every other step computes all (Learning-to-Cache)",
     )
     parser.add_argument("--model", help="for files that do not say")
-    parser.add_argument("--image-size", type=int, help="likewise; default: the model's")
+    parser.add_argument("--image-size", type=int, help="with --model; default: the model's")
     parser.add_argument("--out", type=Path, help="heat map; default: beside the file")
     parser.add_argument("--schedule", type=Path, help="also write the schedule as JSON, to this")
     arguments = parser.parse_args()

@@ -4,8 +4,9 @@
 
 ``--data`` and ``--test-data`` are folders of class folders (torchvision's ImageFolder); or
 ``--data cifar10``, which torchvision downloads. The run writes a checkpoint every ``--save-every``
-steps and resumes from it when the command is repeated. Batches are a function of the step alone, so
-a resumed run sees the same data as one that was never stopped.
+steps and resumes from it when the command is repeated; ``--epochs`` may be others then, other
+options that move the weights are refused. Batches are a function of the step alone, so a resumed
+run sees the same data as one that was never stopped.
 
 At the end ``--out`` holds ``cifar10_classifier.safetensors``, in half precision, with the accuracy
 that these weights have on the test images, and ``cifar10_reference.npz``, statistics of its
@@ -13,22 +14,20 @@ features of the training images. Copied into ``models/weights/`` they are what `
 uses for ``--extractor cifar`` and ``--reference cifar10``; they belong together.
 """
 
-import argparse
 import hashlib
-import json
 import math
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate import PartialState
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from harmonica.errors import HarmonicaError, run_command
-from harmonica.files import read_torch, sha256, write_atomically, write_torch
+from harmonica.files import sha256, write_atomically
 from harmonica.labelled_images import load_labelled_images
 from harmonica.metrics.classifier import (
     IMAGE_SIZE,
@@ -39,43 +38,47 @@ from harmonica.metrics.classifier import (
 from harmonica.metrics.collect import Rows, collect
 from harmonica.metrics.reference import save_reference
 from harmonica.metrics.weights import CLASSIFIER, REFERENCES
-from harmonica.options import CommandParser, flag_of
+from harmonica.network_training import Batches, NetworkConfig, train_network
+from harmonica.options import option, parse
 
 MARGIN = 4
 LOG_EVERY = 50
 EXTRACTION_BATCH = 500
 
 
-class Batches:
-    """Batch of any step: an epoch's permutation, crops and flips follow from (seed, step)."""
+@dataclass(frozen=True)
+class ClassifierConfig(NetworkConfig):
+    """How the classifier is trained and measured."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int):
-        if len(images) < batch_size:
-            raise HarmonicaError(
-                f"--batch-size {batch_size} is more than the {len(images)} images; use fewer"
-            )
-        self.images, self.labels = images, labels
-        self.batch_size, self.seed = batch_size, seed
-        self.per_epoch = len(images) // batch_size
+    MAY_CHANGE: ClassVar = (*NetworkConfig.MAY_CHANGE, "test_data", "neighbours")
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, 32, 32) in [0, 255], mirrored and shifted at random, and labels (n,)."""
-        epoch, position = divmod(step, self.per_epoch)
-        order = torch.randperm(
-            len(self.images), generator=torch.Generator().manual_seed(self.seed + epoch)
-        )
-        index = order[position * self.batch_size : (position + 1) * self.batch_size]
-        draw = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
-        images = self.images[index].float()
-        mirrored = torch.rand(len(index), generator=draw) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        padded = F.pad(images, (MARGIN,) * 4, mode="reflect")
-        corners = torch.randint(2 * MARGIN + 1, (len(index), 2), generator=draw).tolist()
-        crops = [
-            image[:, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+    test_data: str | None = option(
+        None, "images that the accuracy is measured on; needed unless --data is cifar10"
+    )
+    out: Path = option(Path("classifier"), "folder of the checkpoint, classifier and statistics")
+    lr: float = option(0.1, "learning rate at its peak", low=0)
+    weight_decay: float = option(5e-4, "of matrices and filters", low=0)
+    label_smoothing: float = option(0.1, "share of a label that all classes share", low=0, high=1)
+    neighbours: int = option(10_000, "features kept for precision and recall", low=1)
+
+    def check(self) -> None:
+        """Also: test images."""
+        super().check()
+        if self.test_data is None and self.data != "cifar10":
+            raise HarmonicaError("--test-data is missing; pass a folder of class folders")
+
+
+def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Images (n, 3, H, W), each moved by up to ``MARGIN`` pixels; edges are reflected."""
+    size = images.shape[-1]
+    padded = F.pad(images, (MARGIN,) * 4, mode="reflect")
+    corners = torch.randint(2 * MARGIN + 1, (len(images), 2), generator=draw).tolist()
+    return torch.stack(
+        [
+            image[:, y : y + size, x : x + size]
             for image, (y, x) in zip(padded, corners, strict=True)
         ]
-        return torch.stack(crops), self.labels[index]
+    )
 
 
 def one_cycle(step: int, total: int, peak: float) -> float:
@@ -95,55 +98,31 @@ def create_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.SGD:
 
 
 def train(
-    args: argparse.Namespace, batches: Batches, classes: int, state: PartialState
+    config: ClassifierConfig, batches: Batches, classes: int, state: PartialState
 ) -> dict[str, Tensor]:
     """Train from the start or from the checkpoint; returns the weights."""
-    torch.manual_seed(args.seed)
-    device, total = state.device, args.epochs * batches.per_epoch
+    torch.manual_seed(config.seed)
+    device, total = state.device, config.epochs * batches.per_epoch
     model = CifarClassifier(classes).to(device, memory_format=torch.channels_last)
-    optimizer = create_optimizer(model, args.weight_decay)
-    checkpoint, step, seconds = args.out / "checkpoint.pt", 0, 0.0
-    if checkpoint.exists():
-        saved = read_torch(checkpoint)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, seconds = saved["step"], saved["seconds"]
-    losses, started = [], time.time() - seconds
-    with (
-        (args.out / "metrics.jsonl").open("a") as metrics,
-        tqdm(total=total, initial=step, unit="step", desc="classifier", mininterval=5) as bar,
-    ):
-        while step < total:
-            images, labels = (value.to(device) for value in batches(step))
-            with torch.autocast(device.type, torch.bfloat16):
-                logits, _, _ = model(images.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
-            loss.backward()
-            rate = one_cycle(step, total, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            losses.append(loss.detach())
-            if step % LOG_EVERY == 0 or step == total:
-                mean = torch.stack(losses).mean().item()
-                record = {"step": step, "loss": mean, "lr": rate, "seconds": time.time() - started}
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-                bar.set_postfix(loss=f"{mean:.3f}")
-                losses = []
-            if step % args.save_every == 0 or step == total:
-                write_torch(
-                    checkpoint,
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step,
-                        "seconds": time.time() - started,
-                    },
-                )
+    optimizer = create_optimizer(model, config.weight_decay)
+
+    def update(step: int) -> dict[str, Tensor]:
+        images, labels, draw = batches(step)
+        images = shifted(images, draw).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits, _, _ = model(images)
+        loss = F.cross_entropy(
+            logits.float(), labels.to(device), label_smoothing=config.label_smoothing
+        )
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(step, total, config.lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss}
+
+    parts = {"model": model, "optimizer": optimizer}
+    train_network(config, batches, parts, update, log_every=LOG_EVERY)
     return model.state_dict()
 
 
@@ -155,7 +134,7 @@ def features_of(images: Tensor, extractor: CifarFeatures, state: PartialState, n
 
 
 def export(
-    args: argparse.Namespace,
+    config: ClassifierConfig,
     weights: dict[str, Tensor],
     images: Tensor,
     test: tuple[Tensor, Tensor],
@@ -179,14 +158,14 @@ def export(
         "training_images": f"{len(images)}, sha256 of their pixels {pixels_sha256(images)}",
         "test_images": f"{len(test_images)}, sha256 of their pixels {pixels_sha256(test_images)}",
         "test_accuracy": f"{accuracy:.4f}",
-        "epochs": str(args.epochs),
-        "seed": str(args.seed),
+        "epochs": str(config.epochs),
+        "seed": str(config.seed),
     }
-    path = args.out / CLASSIFIER.name
+    path = config.out / CLASSIFIER.name
     write_atomically(path, safetensors_bytes(halves, metadata))
     extractor = CifarFeatures(load_classifier(path), sha256(path), state.device)
     rows = features_of(images, extractor, state, "reference")
-    save_reference(args.out / REFERENCES["cifar10"].name, rows, extractor, args.neighbours)
+    save_reference(config.out / REFERENCES["cifar10"].name, rows, extractor, config.neighbours)
     return accuracy
 
 
@@ -196,41 +175,21 @@ def pixels_sha256(images: Tensor) -> str:
 
 @run_command
 def main() -> None:
-    parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--test-data", help="needed unless --data is cifar10")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1, help="at its peak")
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--label-smoothing", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument(
-        "--neighbours", type=int, default=10_000, help="features kept for precision and recall"
-    )
-    args = parser.parse_args()
-    for name in ("epochs", "batch_size", "save_every", "neighbours"):
-        if getattr(args, name) < 1:
-            raise HarmonicaError(f"{flag_of(name)} must be at least 1")
-    if args.test_data is None and args.data != "cifar10":
-        raise HarmonicaError("--test-data is missing; pass a folder of class folders")
-    images, labels, classes = load_labelled_images(args.data, IMAGE_SIZE)
+    config = parse(ClassifierConfig, __doc__.split("\n")[0])
+    images, labels, classes = load_labelled_images(config.data, IMAGE_SIZE)
     test_images, test_labels, test_classes = load_labelled_images(
-        args.test_data or args.data, IMAGE_SIZE, train=False, flag="--test-data"
+        config.test_data or config.data, IMAGE_SIZE, train=False, flag="--test-data"
     )
     if test_classes != classes:
         raise HarmonicaError(
-            f"--test-data {args.test_data} has other class folders than --data {args.data}; pass "
-            "a folder with the same"
+            f"--test-data {config.test_data} has other class folders than --data {config.data}; "
+            "pass a folder with the same"
         )
-    batches = Batches(images, labels, args.batch_size, args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    batches = Batches(images, labels, config.batch_size, config.seed)
     state = PartialState(cpu=not torch.cuda.is_available())
-    weights = train(args, batches, len(classes), state)
-    accuracy = export(args, weights, images, (test_images, test_labels), state)
-    print(f"test accuracy {accuracy:.2%}; classifier and reference statistics: {args.out}")
+    weights = train(config, batches, len(classes), state)
+    accuracy = export(config, weights, images, (test_images, test_labels), state)
+    print(f"test accuracy {accuracy:.2%}; classifier and reference statistics: {config.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
 """The command-line files as a user runs them: what they make, and what they refuse."""
 
+import argparse
 import json
+import os
+import re
+import runpy
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +19,8 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from harmonica.comparison.config import CompareConfig
-from harmonica.metrics.config import EvaluateConfig
-from harmonica.options import build_parser, resolve
+from harmonica.flops import Costs
+from harmonica.options import CommandParser, build_parser, resolve
 from harmonica.router import (
     RouterFile,
     RouterInfo,
@@ -206,6 +214,31 @@ def test_flags_on_a_resolved_config_act_as_on_the_defaults(run, tmp_path):
         assert [getattr(a, name) for name in names] == [getattr(b, name) for name in names]
 
 
+def test_options_that_a_flag_makes_idle_go_with_it(tmp_path):
+    """Nobody is refused for what a preset or a router says of an option that the flag replaces."""
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("l1: 1.0e-7\nthreshold: 0.3\neta: 0.5\n")
+
+    def resolved(*flags):
+        arguments = ["--config", str(preset), *flags]
+        return resolve(TrainConfig, build_parser(TrainConfig, "").parse_args(arguments))
+
+    assert (resolved().threshold, resolved().eta) == (0.3, 0.5)
+    assert resolved("--l1", "2e-7").threshold == 0.3
+    assert resolved("--target-cur", "0.4").threshold == 0.1
+    assert resolved("--freeze-schedule", "x.json", "--predictor", "learned").threshold == 0.1
+    assert resolved("--sampler", "iddpm").eta == 0
+    info = RouterInfo(sampler="ddim", eta=0.5)
+    save_router(tmp_path / "router.safetensors", RouterFile(torch.zeros(20, 6), info))
+
+    def replayed(*flags):
+        arguments = ["--path", str(tmp_path / "router.safetensors"), *flags]
+        return resolve(SampleConfig, build_parser(SampleConfig, "").parse_args(arguments))
+
+    assert replayed().eta == 0.5
+    assert replayed("--sampler", "iddpm", "--force").eta == 0
+
+
 @pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
 def test_every_resolved_config_is_yaml(script, tmp_path):
     done = run_command(
@@ -280,6 +313,11 @@ def refusals(tmp_path):
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("x")
     save_router(tmp_path / "other.safetensors", RouterFile(torch.zeros(20, 6), RouterInfo()))
+    costs = Costs(tuple(f"blocks.{i}.attn" for i in range(6)), (1,) * 6, 1)
+    save_router(
+        tmp_path / "with_schedule.safetensors",
+        RouterFile(torch.zeros(20, 6), RouterInfo(), Schedule.full(20, costs)),
+    )
     train, sample = "train_router.py", "sample.py"
     return [
         ([train, "--model", "DiT-XXL/2"], "--model DiT-XXL/2"),
@@ -305,7 +343,15 @@ def refusals(tmp_path):
         ([train, "--method", "learning-to-cache", "--data", "absent", "--target-cur", "0.2"],
          "--data absent"),
         ([train, "--data", "absent"], "--data"),
-        ([train, "--cuda-graphs"], "--cuda-graphs"),
+        ([train, "--cuda-graphs"], "--cuda-graphs is for sampling"),
+        ([train, "--threshold", "0.3"], "--threshold is for --l1"),
+        ([train, "--config", str(ROOT / "configs" / "demo.yaml"), "--compile"], "--compile is for"),
+        ([train, "--sampler", "iddpm", "--eta", "0.5"], "--eta is for --sampler ddim"),
+        ([sample, "--sampler", "dpm-solver++", "--eta", "1"], "--eta is for --sampler ddim"),
+        ([sample, "--shard-size", "64"], "--shard-size is for --num-samples"),
+        ([sample, "--timeout", "60"], "--timeout is for --num-samples"),
+        (["scripts/inspect_router.py", "with_schedule.safetensors", "--image-size", "32"],
+         "--image-size 32 is for --model"),
         ([train, "--resume", "absent"], "--resume absent"),
         ([train, "--resume", "foreign"], "--resume foreign"),
         ([train, "--keep-ckpts", "1"], "--keep-ckpts 1"),
@@ -366,8 +412,6 @@ def refusals(tmp_path):
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
     """Run in this process, the files being the same ones: three dozen imports of torch are slow."""
-    import runpy
-
     cases = refusals(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -407,29 +451,159 @@ def test_the_published_way_to_say_ddim(tmp_path):
     assert (a == b).all()
 
 
-README_COMMANDS = [
-    shlex.split(line, comments=True)
-    for path in (ROOT / "README.md", *sorted((ROOT / "configs").glob("*.yaml")))
-    for line in path.read_text().splitlines()
-    for line in [line.removeprefix("#   ")]
-    if line.startswith(".venv/bin/")
-]
+def shell(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script with bash as the shell scripts run: any failure ends it."""
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
+def executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+# A Python without ensurepip, as Debian and Ubuntu have it: `-m venv` leaves half an environment.
+# Its pip, if it has one, installs an empty module where it is told to.
+DEBIAN = f"""
+case "$1 $2" in
+  "-m venv")
+    {sys.executable} -m venv --without-pip .venv
+    [ "$3" = --without-pip ] || {{ echo "ensurepip is not available"; exit 1; }} ;;
+  "-m pip") $HAS_PIP && mkdir -p "${{@: -1}}/pip" && touch "${{@: -1}}/pip/__init__.py" ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+def test_an_environment_is_made_without_ensurepip_or_not_at_all(tmp_path):
+    python = executable(tmp_path / "debian", DEBIAN)
+    make = f"source {ROOT}/scripts/environment.sh; make_environment"
+    done = shell(make, tmp_path, PYTHON=str(python), HAS_PIP="false")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "python3-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    done = shell(f"{make}; has_pip", tmp_path, PYTHON=str(python), HAS_PIP="true")
+    assert done.returncode == 0, done.stderr
+    # Half an environment, which an earlier version left behind, is made whole.
+    done = shell(
+        f"{sys.executable} -m venv --without-pip --clear .venv; {make}; has_pip", tmp_path,
+        PYTHON=str(python), HAS_PIP="true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_old_python_is_refused(tmp_path):
+    old = "exit 1"  # to whether it is new enough
+    python = executable(tmp_path / "old", old)
+    install = f"source {ROOT}/scripts/environment.sh; install_project"
+    done = shell(install, tmp_path, PYTHON=str(python))
+    assert done.returncode == 2 and "set PYTHON" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    executable(tmp_path / ".venv" / "bin" / "python", old)
+    done = shell(install, tmp_path)
+    assert done.returncode == 2 and "remove it" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_demo_samples_with_the_router_that_it_trained(tmp_path):
+    """Not with another run beside it, whatever its name."""
+    for name in ("demo.sh", "environment.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").write_text("")
+    for run in ("999-DiT-Ti-4-T20", "1001-DiT-Ti-4-T20"):
+        (tmp_path / "results" / run).mkdir(parents=True)
+    trained = "results/1000-DiT-Ti-4-T20"
+    executable(
+        tmp_path / ".venv" / "bin" / "python",
+        f"""
+        case "$1" in
+          train_router.py) echo "a line before"; echo "router and pictures: {trained}" ;;
+          sample.py) echo "$@" > sampled ;;
+        esac
+        """,
+    )
+    done = shell("bash scripts/demo.sh", tmp_path)
+    assert done.returncode == 0, done.stderr
+    sampled = (tmp_path / "sampled").read_text()
+    assert f"--path {trained} " in sampled and f"--out {trained}/samples" in sampled
+    assert "a line before" in done.stdout and f"router: {trained}/router.png" in done.stdout
+
+
+def documented_commands() -> list[tuple[str, ...]]:
+    """Every command of the documents and presets, from the script on, without what launches it."""
+    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "models/weights/README.md")]
+    lines = "\n".join(texts).splitlines()
+    for preset in sorted((ROOT / "configs").glob("*.yaml")):
+        lines += [line.removeprefix("#").strip() for line in preset.read_text().splitlines()]
+    # Commands in prose may run over a line's end.
+    prose = re.sub(r"```.*?```", "", "\n".join(texts), flags=re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    launches = re.compile(r"(\.venv/bin/\S+ |python |bash |sbatch )")
+    found = [line for line in lines if launches.match(line)]
+    found += [span for span in spans if re.match(r"((python|bash|sbatch) )?\S+\.(py|sh)\b", span)]
+    words = [shlex.split(line, comments=True) for line in found]
+    return sorted({tuple(command[_place_of_script(command) :]) for command in words})
+
+
+def _place_of_script(command: list[str]) -> int:
+    return next(i for i, word in enumerate(command) if word.endswith((".py", ".sh")))
+
+
+DOCUMENTED = documented_commands()
+
+
+def parse_only(script: str, flags: tuple[str, ...], monkeypatch) -> None:
+    """Run a script with its own parser and configuration, up to where its work would begin."""
+
+    def parse_args(parser: CommandParser) -> argparse.Namespace:
+        known, parse = parser._option_string_actions, argparse.ArgumentParser.parse_args
+        if flags[-1] in known and known[flags[-1]].nargs != 0:
+            # Prose names the flag without a value.
+            parse(parser, flags[:-1])
+            sys.exit(0)
+        arguments = parse(parser, flags)
+        if "--dry-run" not in known:
+            sys.exit(0)
+        arguments.dry_run = True
+        return arguments
+
+    monkeypatch.setattr(CommandParser, "parse_args", parse_args)
+    monkeypatch.setattr("sys.argv", [script, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stopped.value.code == 0
+
+
+@pytest.mark.parametrize("command", DOCUMENTED, ids=" ".join)
 def test_documented_commands_resolve(command, tmp_path, monkeypatch):
+    script, *flags = command
+    assert (ROOT / script).is_file()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    script = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    assert (ROOT / command[script]).is_file()
-    kinds = {
-        "train_router.py": TrainConfig, "sample.py": SampleConfig, "evaluate.py": EvaluateConfig,
-        "scripts/compare.py": CompareConfig,
+    of_sbatch = {
+        "scripts/slurm_train.sh": "train_router.py", "scripts/slurm_sample.sh": "sample.py",
     }  # fmt: skip
-    if command[script] in kinds:
-        kind = kinds[command[script]]
-        resolve(kind, build_parser(kind, "").parse_args(command[script + 1 :]))
+    script = of_sbatch.get(script, script)
+    if flags and script.endswith(".py"):
+        parse_only(script, tuple(flags), monkeypatch)
 
 
 def test_documented_commands_were_found():
-    assert len(README_COMMANDS) >= 10
+    scripts = {script for script, *_ in DOCUMENTED}
+    assert {path.name for path in ROOT.glob("*.py")} <= scripts
+    of_scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
+    assert of_scripts | {"scripts/demo.sh", "scripts/slurm_train.sh"} <= scripts
+    # In prose, over the end of a line.
+    assert any(len(command) > 10 for command in DOCUMENTED if command[0] == "scripts/compare.py")
+
+
+@pytest.mark.parametrize("flags", [("--no-such-flag",), ("--lr", "x"), ("--model", "DiT-XXL/2")])
+def test_a_documented_command_that_does_not_work_would_be_found(flags, monkeypatch):
+    with pytest.raises(AssertionError):
+        parse_only("train_router.py", flags, monkeypatch)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import GOLDEN, Golden, relative
 
+from harmonica.backbone import load_backbone
+from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance
 from models import MODELS, create_model
 from models.dit import DiT, DiTConfig, from_diffusers
@@ -54,6 +56,13 @@ def test_guidance_can_cover_every_channel(golden: Golden):
     expected = uncond[:, :channels] + 4.0 * (cond - uncond)[:, :channels]
     assert relative(out[: len(x), :channels], expected) < 1e-6
     assert relative(out[: len(x), channels:], cond[:, channels:]) < 1e-6
+
+
+def test_the_flag_guides_every_channel():
+    for flag, channels in ((False, 3), (True, None)):
+        config = BackboneConfig(guide_all_channels=flag, cfg_scale=4.0)
+        backbone = load_backbone(config, torch.device("cpu"), random_weights=True)
+        assert backbone.guidance == Guidance(4.0, channels)
 
 
 def test_scale_one_runs_no_unconditional_half(golden: Golden):

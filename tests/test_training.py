@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, free_port, relative, run_command
 from families import replay_branches, tiny
+from processes import Group
 
+from harmonica import errors, training
 from harmonica.backbone import Backbone, load_backbone
 from harmonica.cache import Blend, Cache
 from harmonica.conditions import Placeholders
@@ -48,8 +50,14 @@ ARGUMENTS = [
 REFRESH = ["--lambda-c", "4"]
 
 
-def metrics(folder) -> list[dict]:
-    lines = (folder / "results" / "000-DiT-Ti-4-T4" / "metrics.jsonl").read_text().splitlines()
+def run_in(folder: Path) -> Path:
+    """The run directory of the only run that was made there."""
+    (run,) = (folder / "results").iterdir()
+    return run
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (run_in(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -65,9 +73,53 @@ def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def assert_same_training(one: Path, other: Path, records: int) -> None:
+    """The only run in ``other`` came to what the one in ``one`` came to, up to rounding."""
+    assert len(metrics(one)) == len(metrics(other)) == records
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        assert a == pytest.approx(b, rel=2e-3)
+    a, b = (load_router(run_in(folder)) for folder in (one, other))
+    assert (a.logits - b.logits).abs().max() < 5e-3
+    assert np.array_equal(a.schedule.compute, b.schedule.compute)
+    efforts = [RunDirectory(run_in(folder)).effort() for folder in (one, other)]
+    assert efforts[0].evaluations == efforts[1].evaluations
+
+
+def in_a_hurry() -> None:
+    """What a process of these tests does not take its time for."""
+    training.trainer.PREVIEW_IMAGES = 1
+    errors.SAY_FIRST_S = 0.1
+
+
+ON_STEPS = [
+    "--target-cur", "0.4", "--lr", "1", "--lambda-c", "2", "--lambda-batch-size", "4",
+    "--lambda-form", "published",
+]  # fmt: skip
+# Scores that start equal stay so: the budget cuts between a whole step and another, lest rounding
+# decides.
+ON_IMAGE = [
+    "--target-cur", "0.3333", "--objective", "trajectory", "--predictor", "learned",
+    "--coefficient-lr", "0.1", "--held-out-batch-size", "4", "--held-out-every", "2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", [ON_STEPS, ON_IMAGE], ids=["sdt", "trajectory"])
+def test_two_processes_train_like_one(way, tmp_path):
+    arguments = [
+        "--num-sampling-steps", "3", "--global-batch-size", "4", "--max-steps", "4",
+        "--log-every", "2", *way,
+    ]  # fmt: skip
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        group = Group("train", *arguments, folder=folder, ranks=ranks, fault=in_a_hurry)
+        assert group.wait() == [0] * ranks, group.said()
+    assert_same_training(tmp_path / "1", tmp_path / "2", records=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["harmonica", "learning-to-cache", "trajectory"])
-def test_two_processes_train_like_one(way, tmp_path, labelled_images):
+def test_torchrun_trains_like_one_process(way, tmp_path, labelled_images):
     """So does a run whose first part had two processes and its second part has one."""
     arguments = {
         "harmonica": [*ARGUMENTS, *REFRESH],
@@ -91,19 +143,8 @@ def test_two_processes_train_like_one(way, tmp_path, labelled_images):
         for start, command in commands:
             done = start(*command, cwd=tmp_path / name)
             assert done.returncode == 0, done.stderr
-    one = metrics(tmp_path / "one")
-    folders = [tmp_path / name / "results" / "000-DiT-Ti-4-T4" for name in parts]
-    routers = [load_router(folder) for folder in folders]
-    for name, router in zip(("two", "changing"), routers[1:], strict=True):
-        assert len(one) == len(metrics(tmp_path / name)) == 3
-        for a, b in zip(one, metrics(tmp_path / name), strict=True):
-            assert a == pytest.approx(b, rel=2e-3)
-        assert (routers[0].logits - router.logits).abs().max() < 5e-3
-        assert np.array_equal(routers[0].schedule.compute, router.schedule.compute)
-        # Only one process writes, and a run that goes on is the same one.
-        assert len(list((tmp_path / name / "results").iterdir())) == 1
-    efforts = [RunDirectory(folder).effort().evaluations for folder in folders]
-    assert efforts[0] == efforts[1] == efforts[2]
+    for name in ("two", "changing"):
+        assert_same_training(tmp_path / "one", tmp_path / name, records=3)
 
 
 def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelled_images):
@@ -169,17 +210,17 @@ def test_what_a_file_browser_leaves_is_nobodys_work(tmp_path):
     assert RunDirectory.create(tmp_path, TrainConfig()).path.is_dir()
 
 
-@pytest.mark.slow
 def test_two_processes_refuse_together(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "thesis.tex").write_text("mine")
-    done = torchrun(*ARGUMENTS, cwd=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.count("error: --results-dir results holds files") == 1
+    for flags, said in (
+        ([], "error: --results-dir results holds files"),
+        (["--lr", "-1"], "error: --lr -1"),
+    ):
+        group = Group("train", *ARGUMENTS, *flags, folder=tmp_path, fault=in_a_hurry)
+        assert group.wait() == [2, 2], group.said()
+        assert group.said().count("error: ") == group.said().count(said) == 1
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["thesis.tex"]
-    done = torchrun("--lr", "-1", cwd=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.count("error: --lr -1") == 1
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused():

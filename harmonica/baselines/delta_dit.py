@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from harmonica.baselines.nearest import Candidate, nearest_setting
 from harmonica.budget import Budget
 from harmonica.flops import Costs
 from harmonica.schedule import Schedule
@@ -33,23 +34,16 @@ def delta_dit(num_steps: int, costs: Costs, interval: int, span: int, boundary: 
 
 
 def nearest_delta_dit(num_steps: int, costs: Costs, budget: Budget) -> tuple[Schedule, str]:
-    """The setting nearest to a budget, the shortest interval first, and what it is.
+    """The setting nearest to a budget, and what it is.
 
     The span changes from rear to front half way.
     """
     depth = len(set(costs.blocks))
 
-    def candidates() -> Iterator[tuple[float, int, Schedule, str]]:
+    def candidates() -> Iterator[Candidate]:
         for interval in range(2, num_steps + 1):
             for span in range(1, depth + 1):
                 schedule = delta_dit(num_steps, costs, interval, span, num_steps // 2)
-                distance = budget.distance(schedule)
-                yield distance, interval, schedule, f"N = {interval}, {span} blocks"
+                yield interval, schedule, f"N = {interval}, {span} blocks"
 
-    found = list(candidates())
-    # Longer intervals reuse older values: take one only where it is clearly nearer.
-    best = min(distance for distance, *_ in found)
-    *_, schedule, setting = min(
-        (c for c in found if c[0] <= best + 0.02), key=lambda c: (c[1], c[0])
-    )
-    return schedule, setting
+    return nearest_setting(budget, candidates())

@@ -4,10 +4,11 @@ Both compute every N-th step whole. Between, they put outputs of that step in pl
 skips included, and compute the rest, which meets them at fresh skips or a fresh decoder.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
+from harmonica.baselines.nearest import Candidate, nearest_setting
 from harmonica.budget import Budget
 from harmonica.errors import OutOfReach
 from harmonica.flops import Costs
@@ -58,31 +59,21 @@ def deepcache(num_steps: int, costs: Costs, interval: int, outer: int) -> Schedu
     return _every(num_steps, costs, interval, range(outer, 2 * depth + 1 - outer))
 
 
-def _nearest(
-    found: list[tuple[int, Schedule, str]], distance: Callable[[Schedule], float]
-) -> tuple[Schedule, str]:
-    """The schedule nearest to the budget; of several as near, that of the shortest interval."""
-    best = min(distance(schedule) for _, schedule, _ in found)
-    near = [one for one in found if distance(one[1]) <= best + 0.02]
-    _, schedule, setting = min(near, key=lambda one: (one[0], distance(one[1])))
-    return schedule, setting
-
-
 def nearest_faster_diffusion(num_steps: int, costs: Costs, budget: Budget) -> tuple[Schedule, str]:
     """The interval nearest to a budget, and what it is."""
-    found = [
-        (n, faster_diffusion(num_steps, costs, n), f"N = {n}") for n in range(2, num_steps + 1)
-    ]
-    return _nearest(found, budget.distance)
+    return nearest_setting(
+        budget,
+        ((n, faster_diffusion(num_steps, costs, n), f"N = {n}") for n in range(2, num_steps + 1)),
+    )
 
 
 def nearest_deepcache(num_steps: int, costs: Costs, budget: Budget) -> tuple[Schedule, str]:
     """The interval and number of outer blocks nearest to a budget, and what they are."""
 
-    def candidates() -> Iterator[tuple[int, Schedule, str]]:
+    def candidates() -> Iterator[Candidate]:
         for n in range(2, num_steps + 1):
             for outer in range(1, len(_encoder(costs))):
                 setting = f"N = {n}, {outer} outer blocks"
                 yield n, deepcache(num_steps, costs, n, outer), setting
 
-    return _nearest(list(candidates()), budget.distance)
+    return nearest_setting(budget, candidates())

@@ -121,7 +121,10 @@ class CompareConfig(BackboneConfig):
         "exchanges": 4,
         "repeats": 1,
     }
-    REPLACED_BY_FLAG: ClassVar = ((("speedups", "curs"), ("speedups", "curs")),)
+    REPLACED_BY_FLAG: ClassVar = (
+        *BackboneConfig.REPLACED_BY_FLAG,
+        (("speedups", "curs"), ("speedups", "curs")),
+    )
     # What may change between runs into the same folder.
     FREE: ClassVar[set[str]] = {"methods", "speedups", "curs", "seeds", "batch_size", "out"}
 

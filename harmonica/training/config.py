@@ -45,12 +45,14 @@ class TrainConfig(BackboneConfig):
 
     # A flag of a group replaces what a preset says of it, and of what follows from it by default.
     REPLACED_BY_FLAG: ClassVar = (
+        *BackboneConfig.REPLACED_BY_FLAG,
         (BUDGETS, (*BUDGETS, "lambda_form", "compares_all")),
         (("l1",), ("objective",)),
         (("method",), ("data", "lambda_form", "compares_all", "objective", "predictor")),
         (("objective",), OF_OBJECTIVE),
         (("predictor",), ("fit", "coefficients", "coefficient_lr", "coordinate")),
-        (("freeze_schedule",), (*BUDGETS, "refine")),
+        (("target_cur", "target_speedup"), ("threshold",)),
+        (("freeze_schedule",), (*BUDGETS, "refine", "threshold")),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
         (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),
     )
@@ -266,6 +268,8 @@ class TrainConfig(BackboneConfig):
                 "--objective trajectory has no price for --l1; pass --target-cur or "
                 "--target-speedup"
             )
+        if self.cuda_graphs:
+            raise HarmonicaError("--cuda-graphs is for sampling, not for training; drop it")
         self._check_effects()
 
     def _check_learning_to_cache(self) -> None:
@@ -306,6 +310,8 @@ class TrainConfig(BackboneConfig):
         learns_values = self.predictor == "learned"
         has_effect = {
             **dict.fromkeys(STEPWISE, (not on_images, "--objective sdt")),
+            "compile": (not (on_images and self.compile), "--objective sdt"),
+            "threshold": (self.l1 is not None, "--l1"),
             "refine": (
                 on_images and self.freeze_schedule is None,
                 "--objective trajectory without --freeze-schedule",
