@@ -18,6 +18,7 @@ from harmonica.errors import HarmonicaError
 from harmonica.image_error import readable
 from harmonica.options import build_parser, resolve
 from harmonica.router import load_router
+from harmonica.training.config import ROWS
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trajectory_learner import TrajectoryLearner
 
@@ -178,19 +179,25 @@ def test_a_router_that_was_cut_short_goes_on(finished, monkeypatch):
     expected = load_router(folder / "router.safetensors").logits
     (folder / "router.safetensors").unlink()
     (finished.out / "cells" / "harmonica_speedup1.5_seed0.json").unlink()
-    monkeypatch.setattr(StepwiseLearner, "sweep", None)  # its last checkpoint is at the end
+    sweep, began = StepwiseLearner.sweep, []
+    monkeypatch.setattr(
+        StepwiseLearner, "sweep", lambda self, rest: began.append(self.updates) or sweep(self, rest)
+    )
     Comparison(finished).run()
+    assert began == [3]  # of four updates, three of which are a whole trajectory
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert torch.equal(load_router(folder / "router.safetensors").logits, expected)
 
 
 def test_exchanges_go_on_where_training_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica.training.config.HELD_OUT_ROWS", 4)
+    monkeypatch.setitem(ROWS, "trajectory", 2)
     config = CompareConfig(
         **{**TINY, "num_images": 0, "seeds": (0,)}, methods=("trajectory",), exchanges=2,
         out=tmp_path / "out",
     )  # fmt: skip
     Comparison(config).run()
-    monkeypatch.setattr(TrajectoryLearner, "sweep", None)
+    monkeypatch.setattr(TrajectoryLearner, "sweep", None)  # there is nothing left to learn
     Comparison(replace(config, methods=("trajectory-refined",))).run()
     cells = {
         name: json.loads((config.out / "cells" / f"{name}_speedup1.5_seed0.json").read_text())

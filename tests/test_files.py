@@ -200,10 +200,10 @@ def _diffusers(path: Path) -> None:
 
 def _prompts(path: Path) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    embeddings = torch.ones(2, 3, 4, dtype=torch.float16) * mask[..., None]
-    save_prompts(
-        path, EncodedPrompts(("a", "b"), embeddings, mask, embeddings[1], mask[1].clone(), "t5")
-    )
+    tokens = torch.ones(3, 4, dtype=torch.float16)
+    null_mask = mask[1].clone()
+    prompts = EncodedPrompts(("a", "b"), tokens, mask, tokens[:1].clone(), null_mask, "t5")
+    save_prompts(path, prompts)
 
 
 # And what takes it in.

@@ -277,9 +277,9 @@ def test_a_run_does_not_go_on_with_other_prompts(tmp_path, monkeypatch):
     tokens, channels = PIXART.max_tokens, PIXART.caption_channels
 
     def encoded(*texts: str, scale: float) -> EncodedPrompts:
-        embeddings = torch.full((len(texts) + 1, tokens, channels), scale).half()
+        null, *rest = torch.full((len(texts) + 1, tokens, channels), scale).half()
         mask = torch.ones(len(texts) + 1, tokens, dtype=torch.bool)
-        return EncodedPrompts(texts, embeddings[1:], mask[1:], embeddings[0], mask[0], "T5")
+        return EncodedPrompts(texts, torch.cat(rest), mask[1:], null.clone(), mask[0], "T5")
 
     def train_on(*texts: str, scale: float = 1.0, **options) -> None:
         save_prompts(prompts, encoded(*texts, scale=scale))

@@ -571,7 +571,7 @@ def test_the_first_reason_is_told(monkeypatch):
     """Not that of the second place where a text encoder is looked for."""
 
     class Nowhere:
-        def from_pretrained(source, subfolder=None):
+        def from_pretrained(source, subfolder=None, **_):
             raise OSError("no network" if subfolder else "no config.json at the top")
 
     monkeypatch.setattr("transformers.AutoTokenizer", Nowhere)
