@@ -14,7 +14,7 @@ from harmonica.downloads import verify
 from harmonica.engine import EAGER, Acceleration
 from harmonica.errors import HarmonicaError
 from harmonica.flops import Costs, measure_costs
-from harmonica.router import RouterInfo
+from harmonica.router_file import RouterInfo
 from harmonica.samplers import Sampler, create_sampler
 from harmonica.weights import load_weights, weights_file
 from models import MODELS, create_model

@@ -10,7 +10,8 @@ from harmonica.config import BackboneConfig, budget_of, check_one_budget
 from harmonica.errors import HarmonicaError
 from harmonica.options import flag_of, option
 from harmonica.predictors import COORDINATES, PREDICTORS
-from harmonica.router import SEMANTICS, load_router, load_schedule_file
+from harmonica.router import SEMANTICS
+from harmonica.router_file import load_router, load_schedule_file
 
 # What sampling takes over from a router file unless a flag says otherwise.
 SHARED_WITH_ROUTER = (

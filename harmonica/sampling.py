@@ -15,7 +15,7 @@ from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.predictors import create_predictor
 from harmonica.randomness import Draws
-from harmonica.router import load_router, load_schedule_file
+from harmonica.router_file import load_router, load_schedule_file
 from harmonica.schedule import Schedule
 
 

@@ -10,7 +10,8 @@ from harmonica.errors import HarmonicaError, run_command
 from harmonica.flops import Costs, measure_costs
 from harmonica.options import CommandParser
 from harmonica.plots import router_heatmap
-from harmonica.router import SEMANTICS, Router, RouterFile, load_router, load_schedule_file
+from harmonica.router import SEMANTICS, Router
+from harmonica.router_file import RouterFile, load_router, load_schedule_file
 from models import MODELS, create_model
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from harmonica.comparison.config import CompareConfig
 from harmonica.flops import Costs
 from harmonica.options import CommandParser, build_parser, resolve
-from harmonica.router import (
+from harmonica.router_file import (
     RouterFile,
     RouterInfo,
     load_router,

@@ -17,7 +17,7 @@ from harmonica.comparison.table import markdown
 from harmonica.errors import HarmonicaError
 from harmonica.image_error import readable
 from harmonica.options import build_parser, resolve
-from harmonica.router import load_router
+from harmonica.router_file import load_router
 from harmonica.training.config import ROWS
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trajectory_learner import TrajectoryLearner

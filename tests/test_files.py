@@ -42,7 +42,7 @@ from harmonica.metrics.images import open_images
 from harmonica.metrics.reference import open_reference
 from harmonica.options import build_parser, read_preset, resolve, to_yaml
 from harmonica.prompts import EncodedPrompts, load_prompts, save_prompts
-from harmonica.router import RouterFile, RouterInfo, _content_hash, load_router, save_router
+from harmonica.router_file import RouterFile, RouterInfo, _content_hash, load_router, save_router
 from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide

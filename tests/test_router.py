@@ -23,16 +23,8 @@ from harmonica.flops import Costs
 from harmonica.options import build_parser, resolve
 from harmonica.plans import choose_plan
 from harmonica.predictors import LAST, Learned
-from harmonica.router import (
-    Router,
-    RouterFile,
-    RouterInfo,
-    alternate_rows,
-    budget_schedule,
-    load_router,
-    save_router,
-    threshold_schedule,
-)
+from harmonica.router import Router, alternate_rows, budget_schedule, threshold_schedule
+from harmonica.router_file import RouterFile, RouterInfo, load_router, save_router
 from harmonica.sample_config import SampleConfig
 from harmonica.sampling import load_schedule
 from harmonica.schedule import Schedule

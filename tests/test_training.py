@@ -29,7 +29,8 @@ from harmonica.flops import measure_costs
 from harmonica.interruption import Interruption
 from harmonica.labelled_images import LabelledImages
 from harmonica.randomness import Draws
-from harmonica.router import Router, RouterFile, load_router, save_router
+from harmonica.router import Router
+from harmonica.router_file import RouterFile, load_router, save_router
 from harmonica.samplers import SAMPLERS, State, create_sampler
 from harmonica.sampling import load_schedule, sample, trajectories
 from harmonica.schedule import Schedule

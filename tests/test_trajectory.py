@@ -15,7 +15,8 @@ from harmonica.cache import Cache, Replay
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.predictors import LAST, Extrapolation, Learned, combine
-from harmonica.router import load_router, threshold_schedule
+from harmonica.router import threshold_schedule
+from harmonica.router_file import load_router
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.training.coefficients import Coefficients, fit_coefficients

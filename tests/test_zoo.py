@@ -36,7 +36,7 @@ from harmonica.prompts import save_prompts
 from harmonica.randomness import Draws
 from harmonica.replay_plan import plan_replay
 from harmonica.report import choose_labels, sample_and_report
-from harmonica.router import load_router
+from harmonica.router_file import load_router
 from harmonica.sample_config import SampleConfig
 from harmonica.samplers import SAMPLERS, create_sampler
 from harmonica.sampling import sample

@@ -17,7 +17,8 @@ from harmonica.comparison.config import (
     CompareConfig,
 )
 from harmonica.errors import OutOfReach
-from harmonica.router import SEMANTICS, RouterFile, budget_schedule, load_router
+from harmonica.router import SEMANTICS, budget_schedule
+from harmonica.router_file import RouterFile, load_router
 from harmonica.training.config import TrainConfig
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer

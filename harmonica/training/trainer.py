@@ -21,7 +21,7 @@ from harmonica.interruption import Interruption
 from harmonica.options import flag_of, plain
 from harmonica.plots import comparison, router_heatmap
 from harmonica.randomness import Draws
-from harmonica.router import RouterFile, save_router
+from harmonica.router_file import RouterFile, save_router
 from harmonica.sampling import load_schedule, sample
 from harmonica.training.batches import Batches, within_memory
 from harmonica.training.config import TrainConfig
