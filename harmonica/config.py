@@ -50,7 +50,7 @@ class BackboneConfig(Options):
     """
 
     READS_PROMPTS: ClassVar[bool] = False
-    REPLACED_BY_FLAG: ClassVar = ((("sampler",), ("eta",)),)
+    REPLACED_BY_FLAG: ClassVar = ((("sampler",), ("eta", "guide_all_channels")),)
 
     model: str = option("DiT-Ti/4", "model of the zoo")
     image_size: int | None = option(None, "image side in pixels; default: the model's", low=1)

@@ -102,13 +102,13 @@ def in_turn(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise HarmonicaError(
-            f"{path.parent} cannot be written to ({error.strerror}); set HARMONICA_CACHE to a "
-            "folder that can"
+            f"{path.parent} cannot be written to or has no locks ({error.strerror}); set "
+            "HARMONICA_CACHE to a folder that can"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

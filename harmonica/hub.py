@@ -13,10 +13,14 @@ def _present(part: HubFolder) -> tuple[Path | None, list[Path]]:
     from huggingface_hub import snapshot_download  # heavy, and only latent models need it
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    only = list(part.patterns)
     try:
-        path = Path(snapshot_download(part.repository, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None, []
+        path = Path(snapshot_download(part.repository, allow_patterns=only, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        known = getattr(error, "snapshot_path", None)  # of one that is not whole
+        if known is None:
+            return None, []
+        path = Path(known)
     files = [file for file in path.rglob("*") if file.is_file()]
     return path, [
         file

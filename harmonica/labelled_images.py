@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import confined_extraction, read_image
+from harmonica.files import confined_extraction, first_line, read_image
 
 
 def _open(path: str) -> Image.Image:
@@ -44,10 +44,9 @@ class LabelledImages(Dataset):
             else:
                 self._source = ImageFolder(data, transform=crop, loader=_open)
         except (OSError, RuntimeError, tarfile.TarError) as error:
-            reason = str(error).split("\n")[0]
             raise HarmonicaError(
-                f"{flag} {data} cannot be read ({reason}); pass a folder of class folders, or "
-                "cifar10"
+                f"{flag} {data} cannot be read ({first_line(error)}); pass a folder of class "
+                "folders, or cifar10"
             ) from None
         self.labels: list[int] = self._source.targets
         self.classes: list[str] = self._source.classes

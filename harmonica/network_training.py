@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import first_line, read_torch, write_torch
+from harmonica.files import first_line, keep_lines, read_torch, write_torch
 from harmonica.lock import held
 from harmonica.options import Options, flag_of, option, plain
 
@@ -121,6 +121,12 @@ def train_network(
     with held(config.out / ".lock", f"--out {config.out}"):
         checkpoint = _Checkpoint(config, batches.content_hash(), parts)
         step, seconds = checkpoint.load()
+        if step > total:
+            raise HarmonicaError(
+                f"--epochs {config.epochs} is less than --out {config.out} has had "
+                f"({step / batches.per_epoch:.1f}); pass another folder for a shorter run"
+            )
+        keep_lines(config.out / "metrics.jsonl", lambda line: line["step"] <= step)
         losses, started = [], time.monotonic() - seconds
         with (
             (config.out / "metrics.jsonl").open("a") as metrics,

@@ -38,10 +38,12 @@ def choose_plan(config: ReplayConfig, backbone: Backbone) -> tuple[str, Plan] | 
             )
         return name, plan
     schedule = with_predictor(plan.schedule, config.predictor, config.coordinate, plan.backbone)
-    is_cut_anew = config.path is not None and config.budget is not None
+    is_cut_anew = config.path is not None and (
+        config.budget is not None or config.threshold is not None or config.semantics != "harmonica"
+    )
     if is_cut_anew and schedule.predictor.name == "learned":
         raise HarmonicaError(
             f"--path {config.path} has coefficients that were learned for its own schedule, not "
-            f"for {config.budget}; add --predictor last, or train at that cost"
+            "for another one of its scores; add --predictor last, or train for it"
         )
     return name, replace(plan, schedule=schedule)

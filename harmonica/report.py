@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import Backbone, load_backbone, select_device
-from harmonica.baselines import METHODS, Plan
+from harmonica.baselines import CALIBRATED, METHODS, Plan
 from harmonica.engine import Engine, planned_cache_bytes
 from harmonica.errors import HarmonicaError
 from harmonica.files import write_atomically
@@ -84,7 +84,8 @@ def sample_and_report(config: SampleConfig) -> str:
     check_output(config.out, REPORT)
     device = select_device()
     choose = partial(choose_labels, config)
-    backbone = load_backbone(config, device, wanted=choose)
+    wanted = None if config.method in CALIBRATED else choose
+    backbone = load_backbone(config, device, wanted=wanted)
     labels = choose(backbone.conditions.count)
     chosen = choose_plan(config, backbone)
     decode = load_decoder(config, device)

@@ -43,6 +43,7 @@ def known_from_router(values: dict[str, Any]) -> dict[str, Any]:
     for side in ("height", "width"):
         if getattr(info, side) != info.image_size:  # not every model has a flag for it
             known[side] = getattr(info, side)
+    known["num_classes"] = info.num_classes or None  # an unconditional model's is not to be said
     known["num_sampling_steps"] = steps
     return {name: value for name, value in known.items() if value is not None}
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import first_line, read_json, write_atomically
+from harmonica.files import first_line, write_atomically
 from harmonica.flops import Costs
 from harmonica.predictors import LAST, Predictor, from_dict, to_dict
 
@@ -187,7 +187,3 @@ class Schedule:
         """
         record = {} if trained_for is None else {"trained_for": trained_for}
         write_atomically(path, json.dumps({**self.to_dict(), **record}, indent=1).encode())
-
-    @classmethod
-    def load(cls, path: Path) -> "Schedule":
-        return cls.from_dict(read_json(path))

@@ -51,6 +51,10 @@ def branch_costs(router: RouterFile, model: str | None, image_size: int | None) 
         raise HarmonicaError(f"--model {model} is unknown; use one of {', '.join(sorted(MODELS))}")
     name = model or router.info.model
     if name not in MODELS:
+        if image_size is not None:
+            raise HarmonicaError(
+                f"--image-size {image_size} is of no use without the model; name it with --model"
+            )
         return None
     try:
         with torch.device("meta"):
@@ -80,7 +84,7 @@ def inspect() -> None:
         help="how scores are read; ltc: every other step computes all (Learning-to-Cache)",
     )
     parser.add_argument("--model", help="for files that do not say")
-    parser.add_argument("--image-size", type=int, help="with --model; default: the model's")
+    parser.add_argument("--image-size", type=int, help="of the model; default: its own")
     parser.add_argument("--out", type=Path, help="heat map; default: beside the file")
     parser.add_argument("--schedule", type=Path, help="also write the schedule as JSON, to this")
     arguments = parser.parse_args()

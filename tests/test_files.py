@@ -42,7 +42,14 @@ from harmonica.metrics.images import open_images
 from harmonica.metrics.reference import open_reference
 from harmonica.options import build_parser, read_preset, resolve, to_yaml
 from harmonica.prompts import EncodedPrompts, load_prompts, save_prompts
-from harmonica.router_file import RouterFile, RouterInfo, _content_hash, load_router, save_router
+from harmonica.router_file import (
+    RouterFile,
+    RouterInfo,
+    _content_hash,
+    load_router,
+    load_schedule_file,
+    save_router,
+)
 from harmonica.sample_config import SampleConfig
 from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide
@@ -229,7 +236,7 @@ def use(schedule: Schedule) -> None:
 
 def use_schedule(path: Path) -> None:
     resolve(SampleConfig, build_parser(SampleConfig, "").parse_args(["--path", str(path)]))
-    use(Schedule.load(path))
+    use(load_schedule_file(path)[0])
 
 
 def use_statistics(path: Path) -> None:
@@ -620,7 +627,7 @@ def test_bombs_are_refused_without_being_unpacked(tmp_path):
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 200_000)
     with pytest.raises(HarmonicaError, match="not readable JSON"):
-        Schedule.load(deep)
+        load_schedule_file(deep)[0]
     laughs = tmp_path / "laughs.yaml"
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]

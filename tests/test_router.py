@@ -24,7 +24,13 @@ from harmonica.options import build_parser, resolve
 from harmonica.plans import choose_plan
 from harmonica.predictors import LAST, Learned
 from harmonica.router import Router, alternate_rows, budget_schedule, threshold_schedule
-from harmonica.router_file import RouterFile, RouterInfo, load_router, save_router
+from harmonica.router_file import (
+    RouterFile,
+    RouterInfo,
+    load_router,
+    load_schedule_file,
+    save_router,
+)
 from harmonica.sample_config import SampleConfig
 from harmonica.sampling import load_schedule
 from harmonica.schedule import Schedule
@@ -70,7 +76,7 @@ def test_a_router_file_comes_back_whole(router, saved):
 
 def test_a_schedule_comes_back_whole(router, tmp_path):
     router.schedule.save(tmp_path / "s.json")
-    loaded = Schedule.load(tmp_path / "s.json")
+    loaded = load_schedule_file(tmp_path / "s.json")[0]
     assert loaded == router.schedule and loaded.hash == router.schedule.hash
     # Readable: one row of 0 and 1 per step.
     rows = json.loads((tmp_path / "s.json").read_text())["compute"]
@@ -283,8 +289,9 @@ def test_a_router_is_cut_at_another_budget(backbone, tmp_path):
     # Coefficients belong to the schedule that they were learned for.
     learned = replace(exported, predictor=Learned.start(LAST, 4, len(costs.names), 1))
     save_router(path, RouterFile(logits, info, learned))
-    with pytest.raises(HarmonicaError, match="--predictor last"):
-        cut("--target-cur", "0.25")
+    for flags in (("--target-cur", "0.25"), ("--threshold", "0.5"), ("--semantics", "ltc")):
+        with pytest.raises(HarmonicaError, match="--predictor last"):
+            cut(*flags)
     assert cut("--target-cur", "0.25", "--predictor", "last").cur == 0.25
     # A schedule has no scores.
     exported.save(tmp_path / "schedule.json")
@@ -478,3 +485,12 @@ def test_learning_to_cache_computes_all_at_odd_respaced_indices(steps):
     schedule = RouterFile(logits, RouterInfo()).to_schedule(COSTS, 0.1, "ltc")
     assert schedule.compute[[s for s in range(steps) if s not in rows]].all()
     assert not schedule.compute[list(rows)].any()
+
+
+def test_a_router_of_an_unconditional_model_is_replayed_without_naming_classes(tmp_path):
+    path = tmp_path / "router.safetensors"
+    info = RouterInfo(model="U-ViT-S/2", image_size=32, num_classes=0, sampler="ddim", eta=0.0)
+    save_router(path, RouterFile(torch.randn(4, 26), info))
+    config = resolved("--path", path)
+    config.check()
+    assert (config.model, config.num_classes) == ("U-ViT-S/2", None)

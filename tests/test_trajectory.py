@@ -16,7 +16,7 @@ from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
 from harmonica.predictors import LAST, Extrapolation, Learned, combine
 from harmonica.router import threshold_schedule
-from harmonica.router_file import load_router
+from harmonica.router_file import load_router, load_schedule_file
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.training.coefficients import Coefficients, fit_coefficients
@@ -207,7 +207,7 @@ def test_training_on_images_meets_its_budget_and_never_gets_worse(tmp_path):
     # What is replayed from the file is what was learned.
     assert exported == learner.schedule()
     with pytest.raises(HarmonicaError, match="router file"):
-        Schedule.load(folder / "schedule.json")
+        load_schedule_file(folder / "schedule.json")[0]
 
 
 def test_exported_scores_give_the_exported_schedule(tmp_path):
@@ -299,7 +299,7 @@ def test_a_frozen_schedule_keeps_its_decisions(tmp_path, objective, bundled_cost
     )
     scores = running.learner.router.logits()
     exported = load_router(running.run().path).schedule
-    assert np.array_equal(exported.compute, Schedule.load(path).compute)
+    assert np.array_equal(exported.compute, load_schedule_file(path)[0].compute)
     assert torch.equal(scores, running.learner.router.logits())
     coefficients = running.learner.values.frozen()
     reused = torch.from_numpy(~exported.compute)
@@ -315,7 +315,7 @@ def test_the_closed_form_needs_no_updates(tmp_path, bundled_costs, objective):
     )  # fmt: skip
     exported = load_router(running.run().path).schedule
     assert running.learner.updates == 0
-    assert np.array_equal(exported.compute, Schedule.load(path).compute)
+    assert np.array_equal(exported.compute, load_schedule_file(path)[0].compute)
     held_out = running.learner.values.held_out
     assert held_out.error(exported) < held_out.error(replace(exported, predictor=LAST))
 
@@ -343,3 +343,8 @@ def test_what_does_not_fit_together_is_refused(options, said, tmp_path):
         config.check()
         Trainer(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("batch", "held_out"), [(12, 72), (8, 64), (64, 256)])
+def test_held_out_seeds_can_be_shared_out_like_the_batch(batch, held_out):
+    assert TrainConfig(global_batch_size=batch).held_out_batch_size == held_out

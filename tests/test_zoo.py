@@ -514,6 +514,18 @@ def test_sampling_encodes_only_the_prompts_it_draws(flags, labels, zoo, tmp_path
     assert len(load_backbone(config, CPU, wanted=choose).conditions.encoded.texts) == 20
 
 
+def test_a_method_that_looks_at_samples_of_its_own_finds_their_prompts(zoo, tmp_path, monkeypatch):
+    captions = "".join(f"cap {letter}\n" for letter in "abcdefghijklmnopqrst")
+    (tmp_path / "captions.txt").write_text(captions)
+    monkeypatch.setattr("harmonica.conditions.BUNDLED_PROMPTS", tmp_path / "captions.txt")
+    own = {key: value for key, value in zoo["tiny-PixArt"].items() if key != "prompts"}
+    config = SampleConfig(
+        model="tiny-PixArt", method="smoothcache", target_cur=0.25, num_sampling_steps=3,
+        num_images=1, repeats=1, out=tmp_path / "samples", **own,
+    )  # fmt: skip
+    assert "with smoothcache" in sample_and_report(config)
+
+
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """Of the Hub's client; empty, and without a network."""
@@ -532,6 +544,11 @@ def kept_by_the_hub(cache, part: HubFolder, name: str, content: bytes):
     blob.write_bytes(content)
     link.symlink_to(blob)
     (root / "refs" / "main").write_text("revision")
+    # Its client also keeps what else the repository has.
+    sizes = {name: len(content), "other/weights.bin": 9000}
+    files = {file: {"size": size, "blob_id": "0" * 40} for file, size in sizes.items()}
+    (root / "trees").mkdir(exist_ok=True)
+    (root / "trees" / "revision.json").write_text(json.dumps({"format_version": 1, "files": files}))
     return blob
 
 

@@ -149,5 +149,7 @@ METHODS: dict[str, Callable[[Backbone, Budget, int], Plan]] = {
     "faster-diffusion": faster_diffusion,
     "deepcache": deepcache,
 }
+# These look at samples of their own first.
+CALIBRATED = ("smoothcache",)
 # Only for models with long skip connections.
 OF_LONG_SKIPS = ("faster-diffusion", "deepcache")

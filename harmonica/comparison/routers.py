@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from harmonica.backbone import Backbone
@@ -73,16 +72,13 @@ class Routers:
         if known is not None and known.router.is_file():
             return known
         if known is None and cell.method in REFINED:
-            self._copy_what_it_refines(cell, folder)
+            base = self.run(replace(cell, method=REFINED[cell.method]))
+            copy_of = folder / ".copy"
+            shutil.rmtree(copy_of, ignore_errors=True)
+            # As if it had been stopped before its end.
+            shutil.copytree(base.path, copy_of, ignore=shutil.ignore_patterns(base.router.name))
+            copy_of.rename(RunDirectory.create(folder, config).path)
         return Trainer(config).run()
-
-    def _copy_what_it_refines(self, cell: Cell, folder: Path) -> None:
-        """A run without its router, as if it had been stopped before its end."""
-        base = self.run(replace(cell, method=REFINED[cell.method])).path
-        copy = folder / f".{base.name}"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(base, copy, ignore=shutil.ignore_patterns("router.safetensors"))
-        copy.rename(folder / base.name)
 
     def _options(self, cell: Cell) -> dict[str, Any]:
         """How a method learns, the schedule of FORA left out."""

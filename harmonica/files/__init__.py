@@ -21,6 +21,7 @@ from harmonica.files.reading import (
 )
 from harmonica.files.writing import (
     atomic_file,
+    keep_lines,
     read_checked,
     record_of,
     recorded,
@@ -39,6 +40,7 @@ __all__ = [
     "existing_file",
     "first_line",
     "is_safetensors",
+    "keep_lines",
     "parse_json",
     "read_array",
     "read_checked",

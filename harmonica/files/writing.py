@@ -5,13 +5,14 @@ import hashlib
 import io
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from harmonica.errors import HarmonicaError
+from harmonica.files.reading import parse_json
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -47,6 +48,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             f"cannot write {path}: {error.strerror}; make room, or choose a folder that can be "
             "written to"
         ) from None
+
+
+def keep_lines(path: Path, keeps: Callable[[dict], bool]) -> None:
+    """Drop lines of a JSON lines file, if there is one: also what is no line, or cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(HarmonicaError, TypeError, KeyError):
+            if line.endswith("\n") and keeps(parse_json(line, "a line")):
+                kept.append(line)
+    write_atomically(path, "".join(kept).encode())
 
 
 def _sync_folder(folder: Path) -> None:

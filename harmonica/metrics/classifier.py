@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_safetensors
+from harmonica.files import first_line, read_safetensors
 from harmonica.metrics.collect import Rows
 from harmonica.metrics.precision import single_precision
 
@@ -102,9 +102,8 @@ def load_classifier(path: Path) -> CifarClassifier:
         classifier = CifarClassifier(len(tensors["head.weight"]))
         classifier.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
         raise HarmonicaError(
-            f"{path} is not a classifier of this project ({reason}); make it again with "
+            f"{path} is not a classifier of this project ({first_line(error)}); make it again with "
             "scripts/train_classifier.py"
         ) from None
     return classifier

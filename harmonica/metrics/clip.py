@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
+from harmonica.files import first_line
+from harmonica.metrics.precision import single_precision
 
 
 class ClipScore:
@@ -35,11 +37,10 @@ class ClipScore:
             self._model = model.eval().to(device)
             self._processor = CLIPProcessor.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0][:160]
             raise HarmonicaError(
                 f"--clip-model {name} is neither a folder nor in the Hub's cache and cannot be "
-                f"fetched ({reason}); run `hf download {name}` where there is a network, or pass "
-                "the path of a copy"
+                f"fetched ({first_line(error, 160)}); run `hf download {name}` where there is a "
+                "network, or pass the path of a copy"
             ) from None
         self.name, self._prompts, self._device = name, prompts, device
         self._longest = self._model.config.text_config.max_position_embeddings
@@ -58,7 +59,8 @@ class ClipScore:
             max_length=self._longest,
             truncation=True,
         )
-        output = self._model(**inputs.to(self._device))
+        with single_precision():
+            output = self._model(**inputs.to(self._device))
         cosine = (output.image_embeds * output.text_embeds).sum(dim=1)
         return 100 * cosine.clamp(min=0)
 

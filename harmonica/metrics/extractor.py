@@ -7,7 +7,7 @@ from torch import Tensor
 
 from harmonica.downloads import fetch, verify
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_torch
+from harmonica.files import first_line, read_torch
 from harmonica.metrics.classifier import CifarFeatures, load_classifier
 from harmonica.metrics.collect import Rows
 from harmonica.metrics.inception import Inception
@@ -54,5 +54,4 @@ def load_extractor(name: str, device: torch.device) -> Extractor:
     try:
         return Inception(read_torch(path), digest, device)
     except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        raise HarmonicaError(f"{path} does not fit ({reason}); fetch it again") from None
+        raise HarmonicaError(f"{path} does not fit ({first_line(error)}); fetch it again") from None

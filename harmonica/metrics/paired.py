@@ -6,7 +6,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from harmonica.downloads import CACHE, verify
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_torch
+from harmonica.files import first_line, read_torch
 from harmonica.image_error import ImageError
 from harmonica.metrics.collect import Rows
 from harmonica.metrics.images import Batch
@@ -58,8 +58,7 @@ def load_lpips(device: torch.device) -> Lpips | None:
     try:
         return Lpips(read_torch(path), digest, device)
     except (KeyError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise HarmonicaError(f"{path} does not fit ({reason}); fetch it again") from None
+        raise HarmonicaError(f"{path} does not fit ({first_line(error)}); fetch it again") from None
 
 
 def lpips_left_out() -> str:

@@ -34,7 +34,7 @@ def samples_per_process(rows: int, halves: int, processes: int, flag: str) -> in
 
 
 @contextlib.contextmanager
-def within_memory() -> Iterator[None]:
+def within_memory(objective: str) -> Iterator[None]:
     """Batches that are too large for a GPU are said so in a sentence: smaller ones learn otherwise.
 
     Raises:
@@ -43,9 +43,10 @@ def within_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
+        refresh = ", or lower --lambda-rows if it was a refresh of lambda"
         raise HarmonicaError(
-            "training does not fit into the memory of the GPU; add --activation-checkpointing, "
-            "lower --global-batch-size, or lower --lambda-rows if it was a refresh of lambda"
+            "training does not fit into the memory of the GPU; add --activation-checkpointing or "
+            f"lower --global-batch-size{refresh if objective == 'sdt' else ''}"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """How a router is trained: flags, presets, and the record of a run."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -147,8 +148,8 @@ class TrainConfig(BackboneConfig):
     )
     held_out_batch_size: int | None = option(
         None,
-        "model rows that decide what is kept, over all processes; default: four times the batch, "
-        f"at least {HELD_OUT_ROWS}",
+        "model rows that decide what is kept, over all processes; default: a multiple of "
+        f"the batch, four times at least, {HELD_OUT_ROWS} or more",
         low=1,
     )
     held_out_every: int = option(10, "updates between such decisions", low=1)
@@ -209,8 +210,8 @@ class TrainConfig(BackboneConfig):
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
         if self.held_out_batch_size is None:
-            rows = max(4 * self.global_batch_size, HELD_OUT_ROWS)
-            object.__setattr__(self, "held_out_batch_size", rows)
+            times = max(4, math.ceil(HELD_OUT_ROWS / self.global_batch_size))
+            object.__setattr__(self, "held_out_batch_size", times * self.global_batch_size)
         if self.compares_all is None:
             published = self.l1 is not None or self.method == "learning-to-cache"
             object.__setattr__(self, "compares_all", published)

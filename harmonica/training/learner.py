@@ -104,9 +104,7 @@ class StepwiseLearner:
         self.lambda_samples = batches.samples(
             config.lambda_batch_size, "--lambda-batch-size", halves=halves
         )
-        # One process of a machine fetches missing weights, the others find them.
-        with self.accelerator.local_main_process_first():
-            self.method = self._training_method()
+        self.method = self._training_method()
         self.router = self._first_router().to(self.accelerator.device)
         self._decided()  # a target out of reach is refused before anything is written
         self.values = Values(config, batches, frozen, self.samples)
@@ -139,13 +137,11 @@ class StepwiseLearner:
             return StepwiseDenoising(
                 config.num_sampling_steps, lambda number: batches("train", number, self.samples)
             )
-        return LearningToCache(
-            batches,
-            self.samples,
-            LabelledImages(config.data, self.backbone.image_size),
-            load_encoder(config, self.accelerator.device),
-            config.num_workers,
-        )
+        # One process of a machine fetches missing images, the others find them.
+        with self.accelerator.local_main_process_first():
+            images = LabelledImages(config.data, self.backbone.image_size)
+        encode = load_encoder(config, self.accelerator.device)
+        return LearningToCache(batches, self.samples, images, encode, config.num_workers)
 
     @property
     def learns(self) -> bool:

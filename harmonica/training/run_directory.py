@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
-from harmonica.files import parse_json, read_json, write_atomically
+from harmonica.files import keep_lines, read_json, write_atomically
 from harmonica.lock import held
 from harmonica.options import read_preset, to_yaml
 from harmonica.output import commit
@@ -157,15 +157,7 @@ class RunDirectory:
 
     def forget_after(self, updates: int) -> None:
         """Drop lines of ``metrics.jsonl`` that training will write again, and one cut short."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(HarmonicaError, TypeError, KeyError):
-                if line.endswith("\n") and parse_json(line, "a line")["update"] <= updates:
-                    kept.append(line)
-        write_atomically(path, "".join(kept).encode())
+        keep_lines(self.path / "metrics.jsonl", lambda line: line["update"] <= updates)
 
     def log(self, record: dict) -> None:
         """Append one line to ``metrics.jsonl``."""

@@ -17,6 +17,7 @@ from harmonica.backbone import load_backbone
 from harmonica.conditions import Conditions, PromptList
 from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
+from harmonica.files import first_line
 from harmonica.interruption import Interruption
 from harmonica.options import flag_of, plain
 from harmonica.plots import comparison, router_heatmap
@@ -81,10 +82,10 @@ class Trainer:
             "freeze_schedule": frozen and frozen.hash,
         }
         kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
-        self.learner: Learner = kind(config, batches, consensus, frozen)
+        with within_memory(config.objective):
+            self.learner: Learner = kind(config, batches, consensus, frozen)
 
     @peers()
-    @within_memory()
     def run(self) -> RunDirectory | None:
         """Train, export, draw; the run directory on the main process, None on the others.
 
@@ -104,7 +105,7 @@ class Trainer:
                 state = progress.start(self._start_wandb)
                 if state is not None:
                     self._load_state(state)
-                with progress.secured():
+                with progress.secured(), within_memory(config.objective):
                     self._train(progress, min(limits) if self.learner.learns else 0)
                     self.learner.finish()
                 self._export(progress.directory)
@@ -193,10 +194,9 @@ class Trainer:
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).split("\n")[0]
             raise HarmonicaError(
-                f"the checkpoint does not fit this version of the project ({reason}); go on with "
-                f"the one that wrote it ({state['versions']})"
+                f"the checkpoint does not fit this version of the project ({first_line(error)}); "
+                f"go on with the one that wrote it ({state['versions']})"
             ) from None
 
     @property
@@ -223,9 +223,9 @@ class Trainer:
                 init_kwargs={"wandb": {"dir": str(directory.path)}},
             )
         except (Error, OSError) as error:
-            reason = str(error).split("\n")[0]
             raise HarmonicaError(
-                f"--wandb cannot start ({reason}); run `wandb login`, or set WANDB_MODE=offline"
+                f"--wandb cannot start ({first_line(error)}); run `wandb login`, or set "
+                "WANDB_MODE=offline"
             ) from None
 
     def _log(self, directory: RunDirectory | None, record: dict[str, float]) -> None:
