@@ -1,6 +1,5 @@
 """Latents to images and back: the autoencoders of latent models, through diffusers."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
 from harmonica.hub import part_folder
+from harmonica.weights import state_sha256
 from models import MODELS, PIXELS, LatentSpace
 
 # Sides in latent pixels above which an image is decoded in overlapping tiles: 1024 pixels.
@@ -79,11 +79,9 @@ class Decoder:
         """sha256 of what decodes, first 16 hex digits; None without an autoencoder."""
         if self.autoencoder is None:
             return None
-        digest = hashlib.sha256()
-        for name, tensor in self.autoencoder.state_dict().items():
-            if name.startswith(("decoder.", "post_quant_conv.")):
-                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        decodes = ("decoder.", "post_quant_conv.")
+        state = self.autoencoder.state_dict()
+        return state_sha256({k: v for k, v in state.items() if k.startswith(decodes)})[:16]
 
 
 def load_decoder(config: BackboneConfig, device: torch.device) -> Decoder:

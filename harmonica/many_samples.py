@@ -24,6 +24,7 @@ from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.interruption import Interruption
 from harmonica.lock import held
 from harmonica.options import plain
+from harmonica.output import make_folder
 from harmonica.plans import choose_plan
 from harmonica.randomness import Draws
 from harmonica.report import check_classes
@@ -264,7 +265,7 @@ def sample_many(config: SampleConfig) -> str | None:
         folder = ShardFolder(config.out, origin)
         folder.refuse_foreign()
         if rank.is_main:
-            _make_folder(config)
+            make_folder(config.out)
             stack.enter_context(held(config.out / ".lock", f"--out {config.out}"))
         folder.make()
         work = Work(config, rank, folder, maker)
@@ -292,12 +293,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _make_folder(config: SampleConfig) -> None:
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HarmonicaError(
-            f"--out {config.out} cannot be written to ({error.strerror}); pass another folder"
-        ) from None

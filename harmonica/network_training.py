@@ -16,6 +16,7 @@ from harmonica.errors import HarmonicaError
 from harmonica.files import first_line, keep_lines, read_torch, write_torch
 from harmonica.lock import held
 from harmonica.options import Options, flag_of, option, plain
+from harmonica.output import make_folder
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,7 @@ def train_network(
         HarmonicaError: ``--out`` cannot be written to, is in use, or holds another run.
     """
     total = config.epochs * batches.per_epoch
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HarmonicaError(
-            f"--out {config.out} cannot be a folder ({error.strerror}); pass another"
-        ) from None
+    make_folder(config.out)
     with held(config.out / ".lock", f"--out {config.out}"):
         checkpoint = _Checkpoint(config, batches.content_hash(), parts)
         step, seconds = checkpoint.load()

@@ -45,3 +45,17 @@ def check_output(out: Path, report: str) -> None:
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise HarmonicaError(f"--out {out} cannot be written to; pass another folder")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that ``--out`` names, unless it is there.
+
+    Raises:
+        HarmonicaError: it cannot be.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarmonicaError(
+            f"--out {out} cannot be written to ({error.strerror}); pass another folder"
+        ) from None

@@ -110,32 +110,29 @@ class RouterInfo:
                     f"the router was trained with {flag} {mine}, not {theirs}; pass {flag} {mine} "
                     "or another router"
                 )
-        self._check_sampler(expected, force)
+        doubts = self._check_sampler(expected, force)
         if self.cfg_scale not in (None, expected.cfg_scale):
-            warnings.warn(
-                f"the router was trained with --cfg-scale {self.cfg_scale}, not "
-                f"{expected.cfg_scale}: its schedule may not suit that guidance",
-                HarmonicaWarning,
-                stacklevel=3,
+            doubts.append(
+                f"with --cfg-scale {self.cfg_scale}, not {expected.cfg_scale}: its schedule may "
+                "not suit that guidance"
             )
         if self.guide_all_channels not in (None, expected.guide_all_channels):
-            flags = ("--no-guide-all-channels", "--guide-all-channels")
-            warnings.warn(
-                f"the router was trained with {flags[self.guide_all_channels]}: its schedule may "
-                "not suit other guidance",
-                HarmonicaWarning,
-                stacklevel=3,
-            )
+            flag = ("--no-guide-all-channels", "--guide-all-channels")[self.guide_all_channels]
+            doubts.append(f"with {flag}: its schedule may not suit other guidance")
         if self.weights_hash not in (None, expected.weights_hash):
-            warnings.warn(
-                f"the router was trained on weights {self.weights_hash}, these are "
-                f"{expected.weights_hash}: its schedule may not suit them",
-                HarmonicaWarning,
-                stacklevel=3,
+            doubts.append(
+                f"on weights {self.weights_hash}, these are {expected.weights_hash}: its schedule "
+                "may not suit them"
             )
+        for doubt in doubts:
+            warnings.warn(f"the router was trained {doubt}", HarmonicaWarning, stacklevel=3)
 
-    def _check_sampler(self, expected: "RouterInfo", force: bool) -> None:
-        """Refuse another sampler, or the same one at other times, unless forced to take it."""
+    def _check_sampler(self, expected: "RouterInfo", force: bool) -> list[str]:
+        """Refuse another sampler, or the same one at other times, unless forced to take it.
+
+        Returns:
+            What to warn of then.
+        """
         misfit, remedy = None, "train it again"
         for name in ("sampler", "eta"):
             mine, theirs, flag = getattr(self, name), getattr(expected, name), flag_of(name)
@@ -145,17 +142,13 @@ class RouterInfo:
         if misfit is None and self.timesteps not in (None, expected.timesteps):
             misfit = "at other timesteps than this sampler visits"
         if misfit is None:
-            return
+            return []
         if not force:
             raise HarmonicaError(
                 f"the router was trained {misfit}; {remedy} (sample.py and evaluate.py replay it "
                 "all the same with --force)"
             )
-        warnings.warn(
-            f"the router was trained {misfit}: its schedule may not suit this sampler",
-            HarmonicaWarning,
-            stacklevel=4,
-        )
+        return [f"{misfit}: its schedule may not suit this sampler"]
 
 
 @dataclass(frozen=True)

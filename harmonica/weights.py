@@ -1,5 +1,7 @@
 """Weights of backbones: where they are, and how they get into a model."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +25,15 @@ IN_FOLDERS = tuple(
     for subfolder in ("transformer/", "")
     for suffix in ("safetensors", "bin")
 )
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """sha256 of names and numbers, of whatever precision, in the order of names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def weights_file(ckpt: Path | None, spec: ModelSpec, image_size: int) -> Path:

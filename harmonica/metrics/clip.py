@@ -1,13 +1,12 @@
 """CLIP score: how well images fit the prompts that they were made from."""
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
 from harmonica.metrics.precision import single_precision
+from harmonica.weights import state_sha256
 
 
 class ClipScore:
@@ -46,7 +45,7 @@ class ClipScore:
         self._longest = self._model.config.text_config.max_position_embeddings
         lengths = [len(self._processor.tokenizer(prompt).input_ids) for prompt in prompts]
         self.truncated = sum(length > self._longest for length in lengths)
-        self.sha256 = _hash(self._model.state_dict())
+        self.sha256 = state_sha256(self._model.state_dict())
 
     def __call__(self, images: Tensor, indices: range) -> Tensor:
         """Scores (n,) of images (n, 3, H, W) uint8 with the prompts of these indices."""
@@ -63,11 +62,3 @@ class ClipScore:
             output = self._model(**inputs.to(self._device))
         cosine = (output.image_embeds * output.text_embeds).sum(dim=1)
         return 100 * cosine.clamp(min=0)
-
-
-def _hash(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
