@@ -42,7 +42,7 @@ from harmonica.timing import timed
 
 # A method whose settings come no nearer to a level than this has no entry there.
 TOLERANCE = 0.15
-TIMED_BATCH = 16
+TIMED_BATCH = 8
 UNCACHED_SETS = 3  # of images whose scores show how much chance is in them
 REPORT = "comparison.json"
 
