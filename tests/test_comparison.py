@@ -13,7 +13,7 @@ from PIL import Image
 from harmonica.baselines import OF_LONG_SKIPS
 from harmonica.comparison.config import DEFAULT_METHODS, CompareConfig
 from harmonica.comparison.run import Comparison
-from harmonica.comparison.table import markdown
+from harmonica.comparison.table import markdown, overview
 from harmonica.errors import HarmonicaError
 from harmonica.image_error import readable
 from harmonica.options import build_parser, resolve
@@ -121,6 +121,25 @@ def test_a_line_of_the_table_is_the_mean_over_seeds(finished):
     numbers = re.search(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", line).groups()
     expected = [sum(means) / 2, min(means), max(means)]
     assert [float(number) for number in numbers] == pytest.approx(expected, rel=0.005)
+
+
+def test_the_overview_has_a_column_for_every_level(finished):
+    results = json.loads((finished.out / "comparison.json").read_text())["results"]
+    worse = {"mse_mean": 0.25}
+    only = [r for r in results if (r["method"], r["seed"]) == ("random", 0)]
+    dearer = [
+        {**r, "level": "--target-speedup 2.0", "against_uncached": worse, "against_exact": worse}
+        for r in only
+    ]
+    first, *others = overview(results + dearer).split("\n\n")
+    head, _, *lines = first.splitlines()
+    assert head == "| MSE to uncached; uncached 0 | speedup 1.5 | speedup 2.0 |"
+    means = [r["against_uncached"]["mse_mean"] for r in results if r["method"] == "harmonica"]
+    (learned,) = [line for line in lines if line.startswith("| harmonica |")]
+    assert readable(sum(means) / 2) in learned and learned.endswith(" |  |")
+    (random,) = [line for line in lines if line.startswith("| random |")]
+    assert random.endswith(" | 0.250 |")
+    assert [table.split(";")[0] for table in others] == ["| MSE to exact", "| measured speed-up"]
 
 
 def test_errors_are_readable_at_any_size():

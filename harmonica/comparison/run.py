@@ -23,7 +23,7 @@ from harmonica.comparison.config import (
     CompareConfig,
 )
 from harmonica.comparison.routers import Routers
-from harmonica.comparison.table import markdown
+from harmonica.comparison.table import markdown, overview
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError, OutOfReach
 from harmonica.evaluation import measure_reference
@@ -78,7 +78,7 @@ class Comparison:
             except OutOfReach as error:
                 left_out.append(f"{cell.method} at {cell.level}: {error}")
         results = self._finished()
-        table = f"{markdown(results)}\n\n{self._footer()}"
+        table = f"{markdown(results)}\n\n{overview(results)}\n\n{self._footer()}"
         record = {"config": plain(self.config), **provenance, "results": results}
         record["left_out"] = left_out
         write_atomically(self.config.out / REPORT, json.dumps(record, indent=1).encode())
