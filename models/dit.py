@@ -142,7 +142,8 @@ class DiT(ClassConditional):
         return Conditioning(blocks, self.final_layer.modulation(c))
 
     def embed(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.x_embedder(x) + self.pos_embed
+        # The convolution leaves channels before tokens in memory, and every block would keep that.
+        return (self.x_embedder(x) + self.pos_embed).contiguous()
 
     def head(self, x: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Tensor:
         return unpatchify(self.final_layer(x, *conditioning.ends), self.config.patch_size, size)

@@ -277,7 +277,8 @@ class PixArt(DiffusionTransformer):
         default = self.config.input_size // self.config.patch_size
         is_default = grid == [default, default]
         positions = self.positions if is_default else self._positions(*grid, x.device)
-        return self.x_embedder(x) + positions
+        # The convolution leaves channels before tokens in memory, and every block would keep that.
+        return (self.x_embedder(x) + positions).contiguous()
 
     def head(self, x: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Tensor:
         return unpatchify(self.final_layer(x, *conditioning.ends), self.config.patch_size, size)

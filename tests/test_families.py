@@ -189,3 +189,17 @@ def test_half_precision_keeps_the_residual_stream_in_float32(family):
     assert seen == {(torch.float32, torch.float32)} and rough.dtype == torch.float32
     schedule = fora(5, measure_costs(model), 2)
     assert relative(Engine(schedule)(half), Engine(schedule)(batch)) < 0.1
+
+
+@every_family
+@torch.no_grad()
+def test_every_block_reads_and_writes_tokens_that_lie_side_by_side(family):
+    """Transposed ones would give the same images, several times slower."""
+    batch = tiny_trajectories(family)
+    layouts = []
+    for block in batch.model.blocks:
+        block.register_forward_hook(
+            lambda module, inputs, x: layouts.append((inputs[0].is_contiguous(), x.is_contiguous()))
+        )
+    batch.predict(0, batch.x_T)
+    assert layouts == [(True, True)] * len(batch.model.blocks)
