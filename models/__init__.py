@@ -238,7 +238,6 @@ def _pixart(name: str, files: Mapping[int, tuple[str, str]], **fields: Any) -> M
         PixArt,
         image_size=256,
         weights=weights,
-        sampler="dpm-solver++",
         guidance=4.5,
         # PixArt's IDDPM is that of DiT, with its guidance; its other samplers guide all channels.
         guided_channels=3,
@@ -257,6 +256,7 @@ def _pixarts() -> list[ModelSpec]:
             {size: ("PixArt-alpha", f"PixArt-XL-2-{end}") for size, end in alpha.items()},
             config=PixArtConfig(),
             latent=STABLE_DIFFUSION,
+            sampler="dpm-solver++",
             sizes={256: {}, 512: {}, 1024: {"interpolation": 2.0, "has_micro_conditions": True}},
         ),
         _pixart(
@@ -264,6 +264,7 @@ def _pixarts() -> list[ModelSpec]:
             {size: ("PixArt-Sigma", f"PixArt-Sigma-XL-2-{end}") for size, end in sigma.items()},
             config=PixArtConfig(max_tokens=300, interpolation=0.5),
             latent=SDXL,
+            sampler="dpm-solver++-euler",
             sizes={size: {"interpolation": size / 512} for size in sigma},
         ),
     ]

@@ -20,6 +20,7 @@ from harmonica.errors import HarmonicaError
 from harmonica.samplers import DDIM, SAMPLERS, State, create_sampler
 from harmonica.samplers.multistep import published_tau
 from harmonica.samplers.singlestep import SinglestepDPMSolver, step_evaluations
+from models import MODELS
 
 
 def states(batch) -> torch.Tensor:
@@ -89,17 +90,25 @@ def test_the_last_step_adds_no_noise():
         assert sampler.step(4, State(x), output, noise).x.isfinite().all()
 
 
+def dpm_solver_of_pixart(euler_at_final: bool) -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(
+        final_sigmas_type="sigma_min", lower_order_final=False, euler_at_final=euler_at_final
+    )
+
+
+# By the number of evaluations.
 LIBRARY = {
-    "dpm-solver++": lambda: DPMSolverMultistepScheduler(final_sigmas_type="sigma_min"),
-    "dpm-solver++-zero": lambda: DPMSolverMultistepScheduler(final_sigmas_type="zero"),
-    "sa-solver": SASolverScheduler,
+    "dpm-solver++": lambda count: dpm_solver_of_pixart(euler_at_final=count < 10),
+    "dpm-solver++-euler": lambda count: dpm_solver_of_pixart(euler_at_final=True),
+    "dpm-solver++-zero": lambda count: DPMSolverMultistepScheduler(final_sigmas_type="zero"),
+    "sa-solver": lambda count: SASolverScheduler(),
 }
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-@pytest.mark.parametrize("count", [2, 3, 10, 20])  # the library lowers its last orders below 15
+@pytest.mark.parametrize("count", [2, 3, 10, 20])
 def test_multistep_solvers_equal_the_library_and_can_be_branched(name, count):
-    library = LIBRARY[name]()
+    library = LIBRARY[name](count)
     library.set_timesteps(count)
     sampler, generator = create_sampler(name, count), torch.Generator().manual_seed(0)
     assert sampler.timesteps == tuple(library.timesteps.tolist())
@@ -127,7 +136,7 @@ def test_a_pipeline_of_the_library_walks_the_same_trajectory(name):
             **sizes, **latent, cross_attention_dim=16, caption_channels=8
         )
         x_T, prompts = torch.randn(1, 4, 8, 8), torch.randn(2, 5, 8)
-    pipeline = PixArtAlphaPipeline(None, None, AutoencoderKL(), transformer, LIBRARY[name]())
+    pipeline = PixArtAlphaPipeline(None, None, AutoencoderKL(), transformer, LIBRARY[name](7))
     pipeline.set_progress_bar_config(disable=True)
     mask, theirs = torch.ones(2, 5), []
     pipeline(
@@ -158,6 +167,28 @@ def test_a_pipeline_of_the_library_walks_the_same_trajectory(name):
         )
         assert relative(state.x, latents) < 1e-5
     assert len(theirs) == 7
+
+
+@pytest.mark.parametrize(
+    "model, count, is_of_first_order",
+    [
+        ("PixArt-alpha-XL/2", 9, True),
+        ("PixArt-alpha-XL/2", 10, False),
+        ("PixArt-alpha-XL/2", 20, False),
+        ("PixArt-Sigma-XL/2", 10, True),
+        ("PixArt-Sigma-XL/2", 20, True),
+    ],
+)
+def test_the_last_step_of_a_pixart_has_its_published_order(model, count, is_of_first_order):
+    """alpha's solver lowers the order below ten evaluations, Sigma's always."""
+    sampler = create_sampler(MODELS[model].sampler, count)
+    before, eps = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    state = sampler.step(count - 2, State(before), eps.flip(1), None)
+    bar, end = sampler.alphas_bar[-1], NOISE_SCHEDULES["linear"].alphas_bar[0]
+    x0 = (state.x - (1 - bar) ** 0.5 * eps) / bar**0.5
+    first_order = end**0.5 * x0 + (1 - end) ** 0.5 * eps
+    last = sampler.step(count - 1, state, eps, None).x
+    assert (relative(last, first_order) < 1e-5) == is_of_first_order
 
 
 def test_sa_solver_has_the_published_tau():

@@ -99,8 +99,9 @@ TRAINED = [
     ("tiny-U-ViT", {}),
     ("tiny-PixArt", {}),
     ("tiny-PixArt-1024", {"sampler": "sa-solver"}),
-    ("tiny-Sigma", {"sampler": "dpm-solver++-zero"}),
+    ("tiny-Sigma", {}),
     ("tiny-DiT", {"sampler": "iddpm"}),
+    ("tiny-DiT", {"sampler": "dpm-solver++-zero"}),
     ("tiny-U-ViT", {"sampler": "dpm-solver-3"}),
 ]
 
@@ -452,7 +453,7 @@ def test_defaults_are_those_of_the_family():
     assert resolved("DiT-Ti/4") == ("ddim", 20, 1.5, None)
     assert resolved("U-ViT-H/2") == ("dpm-solver", 20, 1.4, "ema")
     assert resolved("PixArt-alpha-XL/2") == ("dpm-solver++", 20, 4.5, "ema")
-    assert resolved("PixArt-Sigma-XL/2") == ("dpm-solver++", 20, 4.5, "sdxl")
+    assert resolved("PixArt-Sigma-XL/2") == ("dpm-solver++-euler", 20, 4.5, "sdxl")
     assert MODELS["DiT-XL/2"].guided_channels == 3
     assert MODELS["U-ViT-H/2"].guided_channels is None
 

@@ -100,12 +100,15 @@ class SASolver(Multistep):
 
 
 def dpm_solver_pp(
-    num_steps: int, noise_schedule: str = "linear", to_zero: bool = False
+    num_steps: int, noise_schedule: str = "linear", name: str = "dpm-solver++"
 ) -> DPMSolverMultistep:
     """DPM-Solver++(2M), evaluations evenly spaced in t.
 
     Args:
-        to_zero: end without noise, and not, as PixArt does, at the least noise of training.
+        name: says how it ends. ``dpm-solver++`` and ``dpm-solver++-euler`` end at the least noise
+            of training, the one as PixArt-alpha does, with a last step of first order below ten
+            evaluations, the other as PixArt-Sigma, with such a step always. ``dpm-solver++-zero``
+            ends without noise.
     """
     from diffusers import DPMSolverMultistepScheduler  # heavy, and only this sampler needs it
 
@@ -113,10 +116,11 @@ def dpm_solver_pp(
     scheduler = DPMSolverMultistepScheduler(
         trained_betas=schedule.betas,
         solver_order=2,
-        final_sigmas_type="zero" if to_zero else "sigma_min",
+        final_sigmas_type="zero" if name == "dpm-solver++-zero" else "sigma_min",
+        euler_at_final=name == "dpm-solver++-euler" or num_steps < 10,
+        lower_order_final=False,  # the library would do so below 15 evaluations
     )
     scheduler.set_timesteps(num_steps)
-    name = "dpm-solver++-zero" if to_zero else "dpm-solver++"
     return DPMSolverMultistep(name, scheduler, schedule)
 
 
