@@ -217,6 +217,14 @@ def test_steps_of_dpm_solver_share_out_the_evaluations(name, count, orders):
     assert firsts == pytest.approx((1000 - 999 * starts / count).tolist())
 
 
+def test_dpm_solver_of_order_three_evaluates_on_the_grid():
+    """U-ViT's solver takes the inner nodes of its steps from the even grid of t."""
+    for count in (20, 50):
+        times = create_sampler("dpm-solver-3", count, noise_schedule="u-vit").timesteps
+        assert times == pytest.approx([1000 - 999 * k / count for k in range(count)])
+    assert times[:3] == pytest.approx([1000, 980.02, 960.04])
+
+
 # Of nine evaluations, the order of the library's update that each of them is.
 UPDATES = {"dpm-solver": [1, 2] * 4 + [1], "dpm-solver-3": [1, 2, 3, 1, 2, 3, 1, 2, 1]}
 
@@ -293,7 +301,7 @@ def test_a_step_of_dpm_solver_has_its_order(order):
     x = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:, None]
 
     def error(length: float) -> float:
-        step = tuple(step_evaluations(schedule, 0.6, 0.6 - length, order))
+        step = tuple(step_evaluations(schedule, np.linspace(0.6, 0.6 - length, order + 1)))
         end = float(np.exp(2 * schedule.log_alpha(0.6 - length)))
         solver = SinglestepDPMSolver("", step)
         exact = data.standard(x, solver.alphas_bar[0])
