@@ -192,6 +192,11 @@ def _uvits() -> list[ModelSpec]:
     """U-ViT's guidance 0.4 is 1.4 here: it counts from the conditional output, not from the null.
 
     H was trained on Stable Diffusion's noise schedule, L and S in continuous time.
+
+    H samples with order 2: HarmoniCa names DPM-Solver with 20 evaluations and no order, and they
+    are ten whole steps of that one. U-ViT's own evaluation takes order 3 and 50 of them. That of L
+    takes order 3 too, 50 evaluations even in log-SNR down to t = 1e-4, and that of S 1000 steps of
+    Euler-Maruyama; this project has neither and gives both DPM-Solver++, which ends at t = 1e-3.
     """
     return [
         _uvit(
