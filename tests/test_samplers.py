@@ -1,5 +1,7 @@
 """Samplers against published trajectories and against diffusers' schedulers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,6 @@ from harmonica.denoise import Guidance, denoise, guide
 from harmonica.diffusion import NOISE_SCHEDULES, Diffusion, linear_betas, respaced_timesteps
 from harmonica.errors import HarmonicaError
 from harmonica.samplers import DDIM, SAMPLERS, State, create_sampler
-from harmonica.samplers.multistep import published_tau
 from harmonica.samplers.singlestep import SinglestepDPMSolver, step_evaluations
 from models import MODELS
 
@@ -96,12 +97,19 @@ def dpm_solver_of_pixart(euler_at_final: bool) -> DPMSolverMultistepScheduler:
     )
 
 
+def sa_solver_of_pixart(count: int) -> SASolverScheduler:
+    """The library takes tau where a step starts, PixArt where it leads."""
+    sampler = create_sampler("sa-solver", count)
+    taus = dict(zip(sampler.timesteps, sampler.taus, strict=True))
+    return SASolverScheduler(tau_func=lambda t: taus[float(t)])
+
+
 # By the number of evaluations.
 LIBRARY = {
     "dpm-solver++": lambda count: dpm_solver_of_pixart(euler_at_final=count < 10),
     "dpm-solver++-euler": lambda count: dpm_solver_of_pixart(euler_at_final=True),
     "dpm-solver++-zero": lambda count: DPMSolverMultistepScheduler(final_sigmas_type="zero"),
-    "sa-solver": lambda count: SASolverScheduler(),
+    "sa-solver": sa_solver_of_pixart,
 }
 
 
@@ -191,10 +199,21 @@ def test_the_last_step_of_a_pixart_has_its_published_order(model, count, is_of_f
     assert (relative(last, first_order) < 1e-5) == is_of_first_order
 
 
-def test_sa_solver_has_the_published_tau():
-    noisy = [published_tau(t) for t in (999, 801, 800, 500, 200, 199, 0)]
-    assert noisy == [0, 0, 1, 1, 1, 0, 0]
-    assert len(create_sampler("sa-solver", 25).timesteps) == 25
+def test_sa_solver_is_noisy_where_the_published_one_is():
+    """Where a step leads to a t from 0.2 to 0.8, and not where it starts from one."""
+    sampler = create_sampler("sa-solver", 25)
+    assert [s for s, tau in enumerate(sampler.taus) if tau] == list(range(5, 20))
+    assert create_sampler("sa-solver", 2).taus == (1, 0)
+    x, output, noise = torch.zeros(3, 1, 1, 2, 2)
+    noisy = [
+        s
+        for s in range(25)
+        if not torch.equal(
+            sampler.step(s, State(x), output, noise).x,
+            sampler.step(s, State(x), output, noise + 1).x,
+        )
+    ]
+    assert noisy == list(range(5, 20))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +299,7 @@ def test_more_evaluations_come_nearer_to_the_exact_solution(name, noise_schedule
     def error(count: int) -> float:
         sampler = create_sampler(name, count, noise_schedule=noise_schedule)
         if name == "sa-solver":
-            sampler.scheduler.tau_func = lambda t: 0  # without noise it solves the same equation
+            sampler = replace(sampler, taus=(0.0,) * count)  # without noise it solves the same one
         to_zero = name in ("ddim", "dpm-solver++-zero")
         end = 1.0 if to_zero else NOISE_SCHEDULES[noise_schedule].alphas_bar[0]
         exact = data.standard(x, sampler.alphas_bar[0])
