@@ -78,7 +78,10 @@ class BackboneConfig(Options):
     sampler: str | None = option(None, "sampler; default: the model's", choices=tuple(SAMPLERS))
     eta: float = option(0.0, "DDIM: 0 deterministic to 1 ancestral", low=0, high=1)
     num_sampling_steps: int | None = option(
-        None, "T, model evaluations per image; default: the model's", low=2, high=TRAIN_STEPS
+        None,
+        "T, model evaluations per image; default: the model's with that sampler",
+        low=2,
+        high=TRAIN_STEPS,
     )
     cfg_scale: float | None = option(
         None,
@@ -105,11 +108,12 @@ class BackboneConfig(Options):
         spec = MODELS.get(self.model)
         if spec is None:
             return  # refused by ``check``
+        sampler = self.sampler or spec.sampler
         defaults = {
             "vae": next(iter(spec.latent.autoencoders), None),
             "text_encoder": spec.text_encoder,
-            "sampler": spec.sampler,
-            "num_sampling_steps": spec.num_steps,
+            "sampler": sampler,
+            "num_sampling_steps": spec.num_steps_with.get(sampler, spec.num_steps),
             "cfg_scale": spec.guidance,
         }
         for name, value in defaults.items():

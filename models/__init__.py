@@ -101,6 +101,7 @@ class ModelSpec:
         weights: image size -> published weights; a Path is a file in this repository.
         sizes: image sizes that there are, and what of the shapes differs there; None: any.
         sampler, num_steps, guidance: what is sampled with by default.
+        num_steps_with: samplers that are published with another number of steps, and which.
         guided_channels: latent channels that are guided, the others are not; None: all.
         guided_with: samplers with which that is so, all channels being guided with others; None:
             with every sampler.
@@ -117,6 +118,7 @@ class ModelSpec:
     sizes: Mapping[int, Mapping[str, Any]] | None = None
     sampler: str = "ddim"
     num_steps: int = 20
+    num_steps_with: Mapping[str, int] = field(default_factory=dict)
     guidance: float = 1.5
     guided_channels: int | None = None
     guided_with: tuple[str, ...] | None = None
@@ -202,12 +204,12 @@ def _uvits() -> list[ModelSpec]:
         _uvit(
             "U-ViT-H/2", UViTConfig(1152, 28, 16, 2), 256, "imagenet256_uvit_huge.pth",
             "13StUdrjaaSXjfqqF7M47BzPyhMAArQ4u", 1_900_000_000, guidance=1.4,
-            noise_schedule="u-vit",
+            num_steps_with={"dpm-solver-3": 50}, noise_schedule="u-vit",
         ),
         _uvit(
             "U-ViT-H/4", UViTConfig(1152, 28, 16, 4, input_size=64), 512,
             "imagenet512_uvit_huge.pth", "1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", 1_900_000_000,
-            guidance=1.7, noise_schedule="u-vit",
+            guidance=1.7, num_steps_with={"dpm-solver-3": 50}, noise_schedule="u-vit",
         ),
         _uvit(
             "U-ViT-L/2", UViTConfig(1024, 20, 16, 2, has_conv=True), 256,
@@ -243,6 +245,7 @@ def _pixart(name: str, files: Mapping[int, tuple[str, str]], **fields: Any) -> M
         PixArt,
         image_size=256,
         weights=weights,
+        num_steps_with={"iddpm": 100, "sa-solver": 25},
         guidance=4.5,
         # PixArt's IDDPM is that of DiT, with its guidance; its other samplers guide all channels.
         guided_channels=3,

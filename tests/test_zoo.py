@@ -458,6 +458,23 @@ def test_defaults_are_those_of_the_family():
     assert MODELS["U-ViT-H/2"].guided_channels is None
 
 
+@pytest.mark.parametrize(
+    ("model", "sampler", "steps"),
+    [
+        ("PixArt-alpha-XL/2", "sa-solver", 25),
+        ("PixArt-alpha-XL/2", "iddpm", 100),
+        ("PixArt-alpha-XL/2", "ddim", 20),
+        ("PixArt-Sigma-XL/2", "sa-solver", 25),
+        ("U-ViT-H/2", "dpm-solver-3", 50),
+        ("DiT-XL/2", "iddpm", 20),
+    ],
+)
+def test_a_sampler_brings_the_number_of_steps_that_it_was_published_with(model, sampler, steps):
+    assert BackboneConfig(model=model, sampler=sampler).num_sampling_steps == steps
+    chosen = BackboneConfig(model=model, sampler=sampler, num_sampling_steps=7)
+    assert chosen.num_sampling_steps == 7
+
+
 @pytest.mark.filterwarnings("ignore:.*were cut")
 def test_pixart_is_guided_as_its_samplers_do(zoo):
     """Its IDDPM, which is that of DiT, guides three channels; its other samplers all four."""
