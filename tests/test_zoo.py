@@ -203,7 +203,10 @@ def test_a_family_is_sampled_with_its_own_noise_schedule_and_guidance(zoo):
 @pytest.mark.filterwarnings("ignore:.*were cut")
 def test_two_processes_train_a_router_of_prompts(zoo, tmp_path):
     """Like one: prompts belong to samples, not processes. And one of them encodes the prompts."""
-    flags = {"model": "tiny-PixArt", "global_batch_size": 8, "max_steps": 3, **zoo["tiny-PixArt"]}
+    flags = {
+        "model": "tiny-PixArt", "global_batch_size": 8, "max_steps": 6, "log_every": 3,
+        **zoo["tiny-PixArt"],
+    }  # fmt: skip
     alone = Trainer(TrainConfig(results_dir=tmp_path / "alone", **flags)).run()
     words = [word for name, value in flags.items() for word in (flag_of(name), value)]
     group = Group("train", *words, folder=tmp_path, fault=register_tiny)
@@ -212,6 +215,14 @@ def test_two_processes_train_a_router_of_prompts(zoo, tmp_path):
     assert sum("prompts: 100%" in log for log in logs) == 1
     assert ["warning: 2 of 3 prompts are longer" in log for log in logs] == [True, False]
     together = tmp_path / "results" / alone.path.name
+    # The losses: an update of Adam is as large for other prompts.
+    a, b = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (alone.path, together)
+    )
+    assert len(a) == 2
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
     difference = load_router(alone.path).logits - load_router(together).logits
     assert difference.abs().max() < 5e-3
 
