@@ -20,6 +20,7 @@ from harmonica.files import (
 )
 
 FORMAT = "harmonica-prompts-1"
+LOWERCASED_ONCE = "true"  # files that do not say it are of when all prompts were lower-cased
 TENSORS = ("tokens", "mask", "null_tokens", "null_mask")
 ROWS_AT_ONCE = 1 << 16  # of tokens that are looked through
 # Captions written for this project, one per line.
@@ -39,6 +40,7 @@ class EncodedPrompts:
         null_tokens: (k, d) float16, of the empty prompt.
         null_mask: (L,) bool.
         encoder: the text encoder, by its name on the Hub or its folder.
+        lowercased: whether it was given the texts in lower case.
         num_cut: how many prompts were longer than L tokens.
     """
 
@@ -48,6 +50,7 @@ class EncodedPrompts:
     null_tokens: Tensor
     null_mask: Tensor
     encoder: str
+    lowercased: bool
     num_cut: int = 0
 
     @cached_property
@@ -106,6 +109,7 @@ def save_prompts(path: Path, prompts: EncodedPrompts) -> None:
     metadata = {
         "format": FORMAT,
         "encoder": prompts.encoder,
+        "lowercased": json.dumps(prompts.lowercased),
         "texts": json.dumps(prompts.texts),
         "cut": str(prompts.num_cut),
     }
@@ -128,6 +132,7 @@ def load_prompts(path: Path) -> EncodedPrompts:
     return EncodedPrompts(
         texts=tuple(parse_json(metadata["texts"], "its texts")),
         encoder=metadata["encoder"],
+        lowercased=metadata.get("lowercased", LOWERCASED_ONCE) == "true",
         num_cut=int(metadata.get("cut", 0)),
         **tensors,
     )
@@ -139,6 +144,8 @@ def _fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
         return f"its format is {metadata.get('format')}, not {FORMAT}"
     if set(tensors) != set(TENSORS) or "encoder" not in metadata:
         return "something is missing or unknown"
+    if metadata.get("lowercased", LOWERCASED_ONCE) not in ("true", "false"):
+        return "it does not say whether its texts were put into lower case"
     try:
         texts = parse_json(metadata.get("texts", ""), "its texts")
     except HarmonicaError:

@@ -107,6 +107,7 @@ class ModelSpec:
             with every sampler.
         noise_schedule: what the model was trained on.
         text_encoder: pipeline on the Hub with the encoder of its prompts; None: it takes classes.
+        lowercases_prompts: whether that encoder gets them in lower case.
     """
 
     name: str
@@ -124,6 +125,7 @@ class ModelSpec:
     guided_with: tuple[str, ...] | None = None
     noise_schedule: str = "linear"
     text_encoder: str | None = None
+    lowercases_prompts: bool = False
 
     @property
     def latent_factor(self) -> int:
@@ -265,6 +267,7 @@ def _pixarts() -> list[ModelSpec]:
             config=PixArtConfig(),
             latent=STABLE_DIFFUSION,
             sampler="dpm-solver++",
+            lowercases_prompts=True,
             sizes={256: {}, 512: {}, 1024: {"interpolation": 2.0, "has_micro_conditions": True}},
         ),
         _pixart(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -24,7 +25,7 @@ from harmonica.budget import Budget
 from harmonica.conditions import load_conditions
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance, Trajectories
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.evaluation import evaluate_and_report
 from harmonica.flops import measure_costs
 from harmonica.hub import fetch_part, part_folder
@@ -40,7 +41,7 @@ from harmonica.router_file import load_router
 from harmonica.sample_config import SampleConfig
 from harmonica.samplers import SAMPLERS, create_sampler
 from harmonica.sampling import sample
-from harmonica.text_encoder import TextEncoder, encode_prompts
+from harmonica.text_encoder import Reading, TextEncoder, encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout
@@ -160,7 +161,8 @@ def test_every_family_is_sampled_with_every_sampler(name, sampler, zoo, tmp_path
 def test_an_image_is_that_of_its_prompt(zoo, folder, tmp_path, tiny_t5):
     """Encoded before or now, in a list or alone, whatever else is in the batch."""
     encoded = tmp_path / "prompts.safetensors"
-    save_prompts(encoded, encode_prompts(PROMPTS.splitlines(), str(tiny_t5), CPU, max_tokens=9))
+    reading = Reading.of(MODELS["tiny-PixArt"], str(tiny_t5))
+    save_prompts(encoded, encode_prompts(PROMPTS.splitlines(), reading, CPU))
     of_list = zoo["tiny-PixArt"]
     alone = {k: v for k, v in of_list.items() if k != "prompts"} | {
         "prompt": PROMPTS.splitlines()[1]
@@ -320,7 +322,7 @@ def test_latents_are_scaled_as_the_autoencoder_wants(zoo, monkeypatch):
 )
 def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tiny_t5, monkeypatch):
     path = tmp_path / "prompts.safetensors"
-    save_prompts(path, encode_prompts(["a"], str(tiny_t5), CPU, max_tokens=9))
+    save_prompts(path, encode_prompts(["a"], Reading(str(tiny_t5), 9), CPU))
     spec = MODELS["tiny-PixArt"]
     monkeypatch.setitem(
         MODELS, "tiny-PixArt", replace(spec, config=replace(spec.config, **changes))
@@ -328,6 +330,26 @@ def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tin
     config = BackboneConfig(model="tiny-PixArt", **{**zoo["tiny-PixArt"], "prompts": path})
     with pytest.raises(HarmonicaError, match=named):
         load_conditions(config, (64, 64), CPU)
+
+
+def test_prompts_of_another_reading_are_taken_with_a_warning(zoo, tmp_path, tiny_t5):
+    path = tmp_path / "prompts.safetensors"
+    own = Reading.of(MODELS["tiny-PixArt"], str(tiny_t5))
+    flags = {**zoo["tiny-PixArt"], "prompts": path}
+    config = BackboneConfig(model="tiny-PixArt", **flags)
+
+    def said(reading: Reading, config: BackboneConfig) -> list[str]:
+        prompts = encode_prompts(["A cat"], own, CPU)
+        encoder, case = reading.encoder, reading.lowercases
+        save_prompts(path, replace(prompts, encoder=encoder, lowercased=case))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", HarmonicaWarning)
+            load_conditions(config, (64, 64), CPU)
+        return [str(warning.message) for warning in caught]
+
+    assert said(own, config) == []
+    (doubt,) = said(replace(own, lowercases=False), config)
+    assert "encoded as written, and --model tiny-PixArt wants them in lower case" in doubt
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
@@ -601,12 +623,12 @@ def test_parts_that_cannot_be_fetched_name_the_command(hub_cache, monkeypatch):
         with pytest.raises(HarmonicaError, match=rf"could not be fetched.*`download\.py {name}`"):
             load_decoder(BackboneConfig(model=known, vae=name), CPU)
     with pytest.raises(HarmonicaError, match=r"could not be fetched.*`download\.py t5`"):
-        encode_prompts(["a cat"], T5.repository, CPU)
+        encode_prompts(["a cat"], Reading(T5.repository, 120), CPU)
     # One that is there, but not whole.
     kept_by_the_hub(hub_cache, T5, "tokenizer/tokenizer_config.json", b"{}")
     monkeypatch.setattr(hub, "fetch_part", lambda part: hub_cache)
     with pytest.raises(HarmonicaError, match=r"--text-encoder .*`download\.py t5`"):
-        encode_prompts(["a cat"], T5.repository, CPU)
+        encode_prompts(["a cat"], Reading(T5.repository, 120), CPU)
     with pytest.raises(HarmonicaError, match=r"--vae ema cannot be loaded.*`download\.py ema`"):
         load_decoder(BackboneConfig(model="DiT-XL/2", vae="ema"), CPU)
     with pytest.raises(HarmonicaError, match=r"--vae .*absent cannot be loaded.*pass ema, mse or"):
@@ -622,4 +644,4 @@ def test_the_first_reason_is_told(monkeypatch):
 
     monkeypatch.setattr("transformers.AutoTokenizer", Nowhere)
     with pytest.raises(HarmonicaError, match=r"--text-encoder some/t5 .*\(no network\)"):
-        encode_prompts(["a cat"], "some/t5", CPU)
+        encode_prompts(["a cat"], Reading("some/t5", 120), CPU)
