@@ -149,6 +149,12 @@ def _check_encoded(encoded: EncodedPrompts, config: BackboneConfig) -> None:
             "them for this model"
         )
     doubts = []
+    if encoded.encoder != config.text_encoder:
+        doubts.append(
+            f"by {encoded.encoder}, not by {config.text_encoder}: --model {config.model} may not "
+            f"understand them; encode them again, or pass --text-encoder {encoded.encoder} if it "
+            "is the same"
+        )
     if encoded.lowercased != spec.lowercases_prompts:
         was, wants = ("in lower case", "as written")[:: 1 if encoded.lowercased else -1]
         doubts.append(f"{was}, and --model {config.model} wants them {wants}; encode them again")

@@ -333,6 +333,7 @@ def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tin
 
 
 def test_prompts_of_another_reading_are_taken_with_a_warning(zoo, tmp_path, tiny_t5):
+    """Of the same shape, as those of mT5 and FLAN-T5 are."""
     path = tmp_path / "prompts.safetensors"
     own = Reading.of(MODELS["tiny-PixArt"], str(tiny_t5))
     flags = {**zoo["tiny-PixArt"], "prompts": path}
@@ -348,8 +349,14 @@ def test_prompts_of_another_reading_are_taken_with_a_warning(zoo, tmp_path, tiny
         return [str(warning.message) for warning in caught]
 
     assert said(own, config) == []
+    flan = replace(own, encoder="google/flan-t5-xxl")
+    (doubt,) = said(flan, config)
+    assert f"by google/flan-t5-xxl, not by {tiny_t5}" in doubt
+    assert said(flan, replace(config, text_encoder="google/flan-t5-xxl")) == []
     (doubt,) = said(replace(own, lowercases=False), config)
     assert "encoded as written, and --model tiny-PixArt wants them in lower case" in doubt
+    (doubt,) = said(flan, replace(config, text_encoder=None))
+    assert f"not by {T5.repository}" in doubt
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
