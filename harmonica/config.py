@@ -12,6 +12,8 @@ from harmonica.samplers import SAMPLERS
 from models import MODELS
 
 PRECISIONS = ("no", "bf16", "fp16")
+# What bytes that are not of an encoding become on a command line.
+SURROGATES = range(0xD800, 0xE000)
 # Three ways to say how much to reuse, of which one counts.
 BUDGETS = ("l1", "target_cur", "target_speedup")
 
@@ -153,6 +155,11 @@ class BackboneConfig(Options):
         spec = MODELS[self.model]
         if self.prompts is not None and self.prompt is not None:
             raise HarmonicaError("--prompts and --prompt exclude each other; pass one")
+        if self.prompt is not None and any(ord(c) in SURROGATES for c in self.prompt):
+            raise HarmonicaError(
+                "--prompt is not text of this terminal's encoding; set a UTF-8 locale, or pass it "
+                "in a file with --prompts"
+            )
         if spec.text_encoder is None:
             if self.names_prompts and not self.READS_PROMPTS:
                 flag = "--prompts" if self.prompts is not None else "--prompt"

@@ -463,6 +463,7 @@ REFUSED = [
     ({"model": "DiT-XL/2", "height": 256}, "--height 256"),
     ({"model": "PixArt-alpha-XL/2", "prompts": "a", "prompt": "b"}, "--prompts and --prompt"),
     ({"model": "DiT-XL/2", "prompt": "a cat"}, "--prompt is for"),
+    ({"model": "PixArt-alpha-XL/2", "prompt": "a c\udce4t"}, "--prompt is not text"),
     ({"model": "U-ViT-S/2", "cfg_scale": 1.4}, "--cfg-scale 1.4"),
     ({"model": "U-ViT-H/2", "sampler": "iddpm"}, "--sampler iddpm"),
     ({"model": "PixArt-Sigma-XL/2", "vae": "ema"}, "--vae ema"),
