@@ -22,6 +22,7 @@ from harmonica.files import (
 FORMAT = "harmonica-prompts-1"
 LOWERCASED_ONCE = "true"  # files that do not say it are of when all prompts were lower-cased
 TENSORS = ("tokens", "mask", "null_tokens", "null_mask")
+BYTE_ORDER_MARK = "\ufeff"  # with which some editors open a file
 ROWS_AT_ONCE = 1 << 16  # of tokens that are looked through
 # Captions written for this project, one per line.
 BUNDLED_PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
@@ -95,7 +96,7 @@ def read_prompts(path: Path) -> list[str]:
     except HarmonicaError as error:
         raise HarmonicaError(f"--prompts {error}") from None
     # Not splitlines, for which there are ends of lines that no editor shows as such.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.removesuffix("\r") for line in text.removeprefix(BYTE_ORDER_MARK).split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:

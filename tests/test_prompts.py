@@ -218,6 +218,9 @@ def test_prompt_files_have_a_prompt_on_every_line(tmp_path):
     # Only what every editor shows as the end of a line is one; an empty one is the empty prompt.
     path.write_bytes("a\u2028b\x85c\x0bd\x1ce\r\n\r\nfog\n\n \n".encode())
     assert read_prompts(path) == ["a\u2028b\x85c\x0bd\x1ce", "", "fog"]
+    # Some editors open a file with a mark of its byte order, which is no part of the first prompt.
+    path.write_text("fog\n\ufeffa cat\n", "utf-8-sig")
+    assert read_prompts(path) == ["fog", "\ufeffa cat"]
     for nothing in ("", "\n \n"):
         path.write_text(nothing)
         with pytest.raises(HarmonicaError, match="is empty"):
