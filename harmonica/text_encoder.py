@@ -100,6 +100,11 @@ class TextEncoder:
         # Half precision on a GPU; transformers keeps in float32 what overflows in it.
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         model = self._load(self._transformers.T5EncoderModel, "text_encoder", dtype=dtype)
+        if len(self._tokenizer) > model.config.vocab_size:
+            raise HarmonicaError(
+                f"--text-encoder {self.name} has a tokenizer of {len(self._tokenizer)} tokens and "
+                f"an encoder of {model.config.vocab_size}; pass one whose parts belong together"
+            )
         return model.eval().to(device)
 
     @torch.inference_mode()

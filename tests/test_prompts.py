@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, relative
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import read_safetensors
@@ -190,6 +190,16 @@ def test_what_is_not_there_is_refused(tmp_path, tiny_t5):
     assert "\n" not in str(refused.value)
     with pytest.raises(HarmonicaError, match="holds no prompt"):
         encoded(tiny_t5, ())
+
+
+def test_a_tokenizer_of_another_encoder_is_refused(tiny_t5, tmp_path):
+    shutil.copytree(tiny_t5 / "tokenizer", tmp_path / "tokenizer")
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    small = T5EncoderModel(T5Config(vocab_size=10, **sizes))
+    small.save_pretrained(tmp_path / "text_encoder")
+    said = "--text-encoder .* has a tokenizer of 30 tokens and an encoder of 10"
+    with pytest.raises(HarmonicaError, match=said):
+        encoded(tmp_path)
 
 
 def test_files_of_when_all_prompts_were_lower_cased_say_so(tiny_t5, tmp_path):
