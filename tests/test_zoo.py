@@ -29,6 +29,7 @@ from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.evaluation import evaluate_and_report
 from harmonica.flops import measure_costs
 from harmonica.hub import fetch_part, part_folder
+from harmonica.many_samples import sample_many
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.subject import open_subject
 from harmonica.options import flag_of
@@ -52,10 +53,21 @@ CPU = torch.device("cpu")
 PROMPTS = "a cat\nЖёлтый кот, très élégants 🐈\nthe same cat, told at such length that it is cut\n"
 
 
+def tiny_autoencoder(levels: int = 4, **changes):
+    """A random one, whose latents have a pixel for 2^(levels - 1) of the image."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(4,) * levels,
+        norm_num_groups=2, layers_per_block=1, sample_size=32, **changes,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_t5):
-    """Weights, autoencoder and prompts of the tiny models."""
-    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+    """Weights, autoencoders and prompts of the tiny models."""
+    from diffusers import PixArtTransformer2DModel
 
     path = tmp_path_factory.mktemp("zoo")
     torch.manual_seed(0)
@@ -69,10 +81,8 @@ def folder(tmp_path_factory, tiny_t5):
     for name in ("tiny-PixArt-1024", "tiny-Sigma"):
         weights = randomised(PixArt(RELATIVES[name][1])).state_dict()
         torch.save({"state_dict": weights}, path / f"{name}.pth")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, sample_size=32,
-    ).save_pretrained(path / "pipeline" / "vae")  # fmt: skip
+    tiny_autoencoder().save_pretrained(path / "pipeline" / "vae")
+    tiny_autoencoder(scaling_factor=SDXL.scale).save_pretrained(path / "sdxl" / "vae")
     (path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     return path
 
@@ -90,7 +100,7 @@ def zoo(monkeypatch, folder, tiny_t5):
         "tiny-U-ViT": {"ckpt": folder / "uvit.pth", **vae},
         "tiny-PixArt": {"ckpt": folder / "pixart", **text},
         "tiny-PixArt-1024": {"ckpt": folder / "tiny-PixArt-1024.pth", **text},
-        "tiny-Sigma": {"ckpt": folder / "tiny-Sigma.pth", **text},
+        "tiny-Sigma": {"ckpt": folder / "tiny-Sigma.pth", **text, "vae": str(folder / "sdxl")},
     }
 
 
@@ -303,13 +313,43 @@ def test_large_images_are_decoded_in_tiles(zoo, folder, monkeypatch):
     assert (whole - tiled).abs().max() > 0 and (whole - tiled).abs().mean() < 0.2
 
 
-def test_latents_are_scaled_as_the_autoencoder_wants(zoo, monkeypatch):
+def test_latents_are_scaled_as_the_autoencoder_wants(zoo, folder, monkeypatch):
     config = BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"])
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = load_decoder(config, CPU)(x * STABLE_DIFFUSION.scale)
     monkeypatch.setitem(MODELS, "tiny-DiT", replace(MODELS["tiny-DiT"], latent=SDXL))
-    assert torch.allclose(load_decoder(config, CPU)(x * SDXL.scale), plain, atol=1e-5)
+    with pytest.warns(HarmonicaWarning, match=r"scales latents by 0.18215, --model .* by 0.13025"):
+        decode = load_decoder(config, CPU)
+    assert torch.allclose(decode(x * SDXL.scale), plain, atol=1e-5)
     assert (STABLE_DIFFUSION.scale, SDXL.scale) == (0.18215, 0.13025)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HarmonicaWarning)
+        load_decoder(replace(config, vae=str(folder / "sdxl")), CPU)
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "said"),
+    [
+        (partial(tiny_autoencoder, latent_channels=16), "16 channels at 1/8 of the image"),
+        (partial(tiny_autoencoder, levels=3), "4 channels at 1/4 of the image"),
+    ],
+)
+def test_an_autoencoder_of_other_latents_is_refused_before_anything_is_sampled(
+    autoencoder, said, zoo, tmp_path, monkeypatch
+):
+    autoencoder().save_pretrained(tmp_path / "vae")
+    for module in ("report", "many_samples"):  # a method may sample to choose its schedule
+        monkeypatch.setattr(f"harmonica.{module}.choose_plan", None)
+    flags = {"model": "tiny-DiT", **zoo["tiny-DiT"], "vae": str(tmp_path)}
+    out = tmp_path / "out"
+    config = SampleConfig(out=out, method="smoothcache", target_cur=0.3, **flags)
+    for start in (
+        lambda: sample_and_report(config),
+        lambda: sample_many(replace(config, num_samples=4)),
+        lambda: Trainer(TrainConfig(results_dir=out, **flags)),
+    ):
+        with pytest.raises(HarmonicaError, match=f"--vae .* latents of {said}.* use ema or mse"):
+            start()
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
