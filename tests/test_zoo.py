@@ -14,7 +14,7 @@ from accelerate import PartialState
 from families import RELATIVES, randomised, register_tiny, tiny, tiny_specs
 from PIL import Image
 from processes import Group
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmonica import hub
@@ -67,7 +67,7 @@ def tiny_autoencoder(levels: int = 4, **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_t5):
     """Weights, autoencoders and prompts of the tiny models."""
-    from diffusers import PixArtTransformer2DModel
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
     path = tmp_path_factory.mktemp("zoo")
     torch.manual_seed(0)
@@ -78,6 +78,11 @@ def folder(tmp_path_factory, tiny_t5):
     randomised(pixart).save_pretrained(path / "pixart" / "transformer")
     torch.save({"state_dict": tiny("uvit").state_dict()}, path / "uvit.pth")
     save_file(tiny("dit").state_dict(), path / "dit.safetensors")
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
+        num_embeds_ada_norm=5, sample_size=8, patch_size=2, norm_type="ada_norm_zero",
+    )  # fmt: skip
+    randomised(dit).save_pretrained(path / "dit" / "transformer")
     for name in ("tiny-PixArt-1024", "tiny-Sigma"):
         weights = randomised(PixArt(RELATIVES[name][1])).state_dict()
         torch.save({"state_dict": weights}, path / f"{name}.pth")
@@ -408,6 +413,18 @@ def test_weights_that_do_not_fit_are_named(name, zoo, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(HarmonicaError, match=r"--ckpt .*empty holds no transformer"):
         load_backbone(BackboneConfig(model=name, **{**zoo[name], "ckpt": tmp_path / "empty"}), CPU)
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+@pytest.mark.parametrize(("name", "part"), [("tiny-DiT", "dit"), ("tiny-PixArt", "pixart")])
+def test_folders_of_diffusers_are_loaded(name, part, zoo, folder):
+    flags = {**zoo[name], "ckpt": folder / part}
+    model = load_backbone(BackboneConfig(model=name, **flags), CPU).model
+    stored = load_file(folder / part / "transformer" / "diffusion_pytorch_model.safetensors")
+    published = model.under_published_names(stored)
+    assert len(published) == len(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, published[key])
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("DiT")])
