@@ -131,6 +131,23 @@ class ModelSpec:
     def latent_factor(self) -> int:
         return self.latent.factor
 
+    def config_at(self, image_size: int) -> Any:
+        """The shapes at an image size.
+
+        Raises:
+            ValueError: the size is none of the model's.
+        """
+        if image_size < 1 or image_size % self.latent_factor:
+            raise ValueError(
+                f"image size {image_size} is not a multiple of the latent factor "
+                f"{self.latent_factor}"
+            )
+        if self.sizes is not None and image_size not in self.sizes:
+            known = ", ".join(map(str, self.sizes))
+            raise ValueError(f"image size {image_size} is not one of {known}")
+        of_size = {} if self.sizes is None else self.sizes[image_size]
+        return replace(self.config, input_size=image_size // self.latent_factor, **of_size)
+
     def channels_guided_with(self, sampler: str) -> int | None:
         """Latent channels that are guided, as published; None: all."""
         is_so = self.guided_with is None or sampler in self.guided_with
@@ -299,14 +316,6 @@ def create_model(
         ValueError: the sizes do not fit.
     """
     spec = MODELS[name]
-    size = spec.image_size if image_size is None else image_size
-    if size < 1 or size % spec.latent_factor:
-        raise ValueError(
-            f"image size {size} is not a multiple of the latent factor {spec.latent_factor}"
-        )
-    if spec.sizes is not None and size not in spec.sizes:
-        raise ValueError(f"image size {size} is not one of {', '.join(map(str, spec.sizes))}")
-    of_size = {} if spec.sizes is None else spec.sizes[size]
+    config = spec.config_at(spec.image_size if image_size is None else image_size)
     given = {field: value for field, value in changes.items() if value is not None}
-    config = replace(spec.config, input_size=size // spec.latent_factor, **of_size, **given)
-    return spec.constructor(config)
+    return spec.constructor(replace(config, **given))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -46,6 +47,7 @@ from harmonica.text_encoder import Reading, TextEncoder, encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout
+from harmonica.weights import weights_file
 from models import MODELS, SDXL, STABLE_DIFFUSION, T5, HubFolder, create_model
 from models.pixart import PixArt
 
@@ -425,6 +427,30 @@ def test_folders_of_diffusers_are_loaded(name, part, zoo, folder):
     assert len(published) == len(model.state_dict())
     for key, value in model.state_dict().items():
         assert torch.equal(value, published[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "changes", "said"),
+    [
+        ("tiny-DiT", "dit", {"sample_size": 16}, "is of 128 pixels, not of --image-size 64"),
+        ("tiny-PixArt", "pixart", {"sample_size": 4}, "is of 32 pixels, not of --image-size 64"),
+        ("tiny-PixArt", "pixart", {"sample_size": None}, "does not say a sample_size"),
+        ("tiny-PixArt", "pixart", {"interpolation_scale": None}, None),
+        ("tiny-PixArt-1024", "pixart", {}, "of 1, and --model tiny-PixArt-1024 2 at"),
+        ("tiny-Sigma", "pixart", {}, "of 1, and --model tiny-Sigma 0.5 at --image-size 64"),
+    ],
+)
+def test_folders_of_another_size_are_refused(name, part, changes, said, zoo, folder, tmp_path):
+    """alpha-256 and Sigma-256 have weights of the same shapes, and so have sizes of DiT."""
+    shutil.copytree(folder / part, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    find = partial(weights_file, tmp_path, MODELS[name], 64)
+    if said is None:
+        assert find().is_file()
+    else:
+        with pytest.raises(HarmonicaError, match=f"--ckpt .* {said}"):
+            find()
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("DiT")])
