@@ -16,7 +16,7 @@ from harmonica.hub import part_folder
 from harmonica.weights import state_sha256
 from models import MODELS, PIXELS, LatentSpace
 
-# Sides in latent pixels above which an image is decoded in overlapping tiles: 1024 pixels.
+# Side in latent pixels of what is decoded at once, a whole image or a tile of it: 1024 pixels.
 LARGEST_WHOLE = 128
 
 
@@ -99,10 +99,18 @@ class Decoder:
         if vae is None:
             return ((x.float() + 1) / 2).clamp(0, 1).cpu()
         if max(x.shape[-2:]) > LARGEST_WHOLE:
-            vae.enable_tiling()
+            self._enable_tiling()
         latents = (x / self.space.scale).float().to(vae.device)
         images = [((vae.decode(one[None]).sample + 1) / 2).clamp(0, 1).cpu() for one in latents]
         return torch.cat(images).float()
+
+    def _enable_tiling(self) -> None:
+        """Overlapping tiles of the size that the autoencoder names, unless that is too large."""
+        vae = self.autoencoder
+        vae.enable_tiling()
+        if vae.tile_latent_min_size > LARGEST_WHOLE:
+            vae.tile_latent_min_size = LARGEST_WHOLE
+            vae.tile_sample_min_size = LARGEST_WHOLE * self.space.factor
 
     def weights_hash(self) -> str | None:
         """sha256 of what decodes, first 16 hex digits; None without an autoencoder."""

@@ -13,13 +13,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from families import RELATIVES, randomised, register_tiny, tiny, tiny_specs
+from memory import Peak
 from PIL import Image
 from processes import Group
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmonica import hub
-from harmonica.autoencoder import load_decoder
+from harmonica.autoencoder import LARGEST_WHOLE, Decoder, load_decoder
 from harmonica.backbone import load_backbone, reduce_precision
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
@@ -61,8 +62,11 @@ def tiny_autoencoder(levels: int = 4, **changes):
 
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=(4,) * levels,
-        norm_num_groups=2, layers_per_block=1, sample_size=32, **changes,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **{
+            "block_out_channels": (4,) * levels, "norm_num_groups": 2, "layers_per_block": 1,
+            "sample_size": 32, **changes,
+        },
     )  # fmt: skip
 
 
@@ -320,6 +324,15 @@ def test_large_images_are_decoded_in_tiles(zoo, folder, monkeypatch):
     assert (whole - tiled).abs().max() > 0 and (whole - tiled).abs().mean() < 0.2
 
 
+@pytest.mark.parametrize(("named", "side"), [(32, 4), (64, 8), (1024, 8)])
+def test_tiles_are_as_large_as_the_autoencoder_says_and_no_larger(named, side, monkeypatch):
+    monkeypatch.setattr("harmonica.autoencoder.LARGEST_WHOLE", 8)
+    vae, seen = tiny_autoencoder(sample_size=named).eval(), []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    image = Decoder(STABLE_DIFFUSION, vae)(torch.randn(1, 4, 12, 12))
+    assert image.shape == (1, 3, 96, 96) and max(seen) == side and len(seen) > 1
+
+
 def test_latents_are_scaled_as_the_autoencoder_wants(zoo, folder, monkeypatch):
     config = BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"])
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -496,6 +509,32 @@ def fill(model: torch.nn.Module) -> None:
                 module._parameters[key] = torch.nn.Parameter(empty, requires_grad=False)
         for key, value in module._buffers.items():
             module._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
+
+
+def test_decoding_an_image_of_2048_pixels_fits_24_gigabytes():
+    """In float32, a tile of 1024 pixels at a time, beside the model's weights in half precision.
+
+    Tensors are fake: they have a type and a size, and nothing is computed.
+    """
+    with torch.device("meta"):
+        model = create_model("PixArt-Sigma-XL/2", image_size=2048)
+        vae = tiny_autoencoder(
+            block_out_channels=(128, 256, 512, 512), norm_num_groups=32, layers_per_block=2,
+            sample_size=1024,
+        )  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill(vae)
+        vae.enable_tiling()
+        side = vae.tile_latent_min_size
+        with Peak() as peak:
+            Decoder(SDXL, vae)(torch.empty(1, 4, side, side))
+    assert side == LARGEST_WHOLE == 128
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    assert (round(peak.bytes / 1e9, 1), round(weights / 1e9, 1)) == (3.2, 0.3)
+    # Whoever writes out the attention of the middle, which has a token for every latent pixel.
+    attention = 3 * 4 * side**4
+    others = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert max(peak.bytes, attention) + weights + others < 24e9
 
 
 def test_training_on_the_final_image_fits_24_gigabytes():
