@@ -1,5 +1,6 @@
 """Latents to images and back: the autoencoders of latent models, through diffusers."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 
 from harmonica.config import BackboneConfig
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import first_line
 from harmonica.hub import part_folder
 from harmonica.weights import state_sha256
 from models import MODELS, PIXELS, LatentSpace
 
-# Sides in latent pixels above which an image is decoded in overlapping tiles: 1024 pixels.
+# Side in latent pixels of what is decoded at once, a whole image or a tile of it: 1024 pixels.
 LARGEST_WHOLE = 128
 
 
@@ -39,7 +40,7 @@ def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
     """The AutoencoderKL of the configuration.
 
     Raises:
-        HarmonicaError: it cannot be loaded.
+        HarmonicaError: it cannot be loaded, or has other latents than the model.
     """
     from diffusers import AutoencoderKL  # heavy, and only latent models need it
 
@@ -50,7 +51,35 @@ def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
         raise HarmonicaError(
             f"--vae {config.vae} cannot be loaded ({first_line(error)}); {remedy}"
         ) from None
+    _check_fit(loaded.config, config)
     return loaded.to(device).eval()
+
+
+def _check_fit(found: Any, config: BackboneConfig) -> None:
+    """Refuse an autoencoder with latents of another shape; warn of one that scales them otherwise.
+
+    Args:
+        found: its own configuration.
+
+    Raises:
+        HarmonicaError: other channels, or another factor between images and latents.
+    """
+    spec = MODELS[config.model]
+    remedy = f"use {' or '.join(spec.latent.autoencoders)}, or one of that latent space"
+    shape = (found.latent_channels, 2 ** (len(found.block_out_channels) - 1))
+    expected = (spec.config.in_channels, spec.latent_factor)
+    if shape != expected:
+        raise HarmonicaError(
+            f"--vae {config.vae} has latents of {shape[0]} channels at 1/{shape[1]} of the image, "
+            f"and --model {config.model} of {expected[0]} at 1/{expected[1]}; {remedy}"
+        )
+    if found.scaling_factor != spec.latent.scale:
+        warnings.warn(
+            f"--vae {config.vae} scales latents by {found.scaling_factor}, --model {config.model} "
+            f"by {spec.latent.scale}: its images may be wrong; {remedy}",
+            HarmonicaWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,10 +99,18 @@ class Decoder:
         if vae is None:
             return ((x.float() + 1) / 2).clamp(0, 1).cpu()
         if max(x.shape[-2:]) > LARGEST_WHOLE:
-            vae.enable_tiling()
+            self._enable_tiling()
         latents = (x / self.space.scale).float().to(vae.device)
         images = [((vae.decode(one[None]).sample + 1) / 2).clamp(0, 1).cpu() for one in latents]
         return torch.cat(images).float()
+
+    def _enable_tiling(self) -> None:
+        """Overlapping tiles of the size that the autoencoder names, unless that is too large."""
+        vae = self.autoencoder
+        vae.enable_tiling()
+        if vae.tile_latent_min_size > LARGEST_WHOLE:
+            vae.tile_latent_min_size = LARGEST_WHOLE
+            vae.tile_sample_min_size = LARGEST_WHOLE * self.space.factor
 
     def weights_hash(self) -> str | None:
         """sha256 of what decodes, first 16 hex digits; None without an autoencoder."""

@@ -5,6 +5,7 @@ and the model gets what the label stands for.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harmonica.config import BackboneConfig
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import is_safetensors
 from harmonica.prompts import (
     BUNDLED_PROMPTS,
@@ -22,7 +23,7 @@ from harmonica.prompts import (
     read_prompts,
     warn_of_cut,
 )
-from harmonica.text_encoder import encode_once, kept_file
+from harmonica.text_encoder import Reading, encode_once, kept_file
 from models import MODELS
 from models.prompts import Prompts
 from models.transformer import Condition, DiffusionTransformer
@@ -121,14 +122,44 @@ def _prompts(
     if config.prompt is None and path.is_file() and is_safetensors(path):
         return PromptList(load_prompts(path), size)
     texts = [config.prompt] if config.prompt is not None else read_prompts(path)
-    encoder, length = config.text_encoder, spec.config.max_tokens
-    if wanted is None or kept_file(texts, encoder, length).is_file():
-        return PromptList(encode_once(texts, encoder, device, length), size)
+    reading = Reading.of(spec, config.text_encoder)
+    if wanted is None or kept_file(texts, reading).is_file():
+        return PromptList(encode_once(texts, reading, device), size)
     labels = wanted(len(texts)).unique()
     rows = torch.full((len(texts),), len(labels))
     rows[labels] = torch.arange(len(labels))
     some = [texts[label] for label in labels.tolist()]
-    return PromptList(encode_once(some, encoder, device, length), size, rows)
+    return PromptList(encode_once(some, reading, device), size, rows)
+
+
+def _check_encoded(encoded: EncodedPrompts, config: BackboneConfig) -> None:
+    """Refuse prompts of another shape than the model takes; warn of others that it was not
+    trained with.
+
+    Raises:
+        HarmonicaError: they are.
+    """
+    spec = MODELS[config.model]
+    tokens, channels = len(encoded.null_mask), encoded.tokens.shape[1]
+    expected = (spec.config.max_tokens, spec.config.caption_channels)
+    if (tokens, channels) != expected:
+        raise HarmonicaError(
+            f"the prompts were encoded by {encoded.encoder} to {tokens} tokens of {channels} "
+            f"channels, and --model {config.model} takes {expected[0]} of {expected[1]}; encode "
+            "them for this model"
+        )
+    doubts = []
+    if encoded.encoder != config.text_encoder:
+        doubts.append(
+            f"by {encoded.encoder}, not by {config.text_encoder}: --model {config.model} may not "
+            f"understand them; encode them again, or pass --text-encoder {encoded.encoder} if it "
+            "is the same"
+        )
+    if encoded.lowercased != spec.lowercases_prompts:
+        was, wants = ("in lower case", "as written")[:: 1 if encoded.lowercased else -1]
+        doubts.append(f"{was}, and --model {config.model} wants them {wants}; encode them again")
+    for doubt in doubts:
+        warnings.warn(f"the prompts were encoded {doubt}", HarmonicaWarning, stacklevel=3)
 
 
 def load_conditions(
@@ -151,14 +182,6 @@ def load_conditions(
         classes = spec.config.num_classes if config.num_classes is None else config.num_classes
         return Classes(max(1, classes))
     prompts = _prompts(config, size, device, wanted)
-    encoded = prompts.encoded
-    tokens, channels = len(encoded.null_mask), encoded.tokens.shape[1]
-    expected = (spec.config.max_tokens, spec.config.caption_channels)
-    if (tokens, channels) != expected:
-        raise HarmonicaError(
-            f"the prompts were encoded by {encoded.encoder} to {tokens} tokens of {channels} "
-            f"channels, and --model {config.model} takes {expected[0]} of {expected[1]}; encode "
-            "them for this model"
-        )
-    warn_of_cut(encoded)
+    _check_encoded(prompts.encoded, config)
+    warn_of_cut(prompts.encoded)
     return prompts

@@ -12,6 +12,8 @@ from harmonica.samplers import SAMPLERS
 from models import MODELS
 
 PRECISIONS = ("no", "bf16", "fp16")
+# What bytes that are not of an encoding become on a command line.
+SURROGATES = range(0xD800, 0xE000)
 # Three ways to say how much to reuse, of which one counts.
 BUDGETS = ("l1", "target_cur", "target_speedup")
 
@@ -78,7 +80,10 @@ class BackboneConfig(Options):
     sampler: str | None = option(None, "sampler; default: the model's", choices=tuple(SAMPLERS))
     eta: float = option(0.0, "DDIM: 0 deterministic to 1 ancestral", low=0, high=1)
     num_sampling_steps: int | None = option(
-        None, "T, model evaluations per image; default: the model's", low=2, high=TRAIN_STEPS
+        None,
+        "T, model evaluations per image; default: the model's with that sampler",
+        low=2,
+        high=TRAIN_STEPS,
     )
     cfg_scale: float | None = option(
         None,
@@ -105,11 +110,12 @@ class BackboneConfig(Options):
         spec = MODELS.get(self.model)
         if spec is None:
             return  # refused by ``check``
+        sampler = self.sampler or spec.sampler
         defaults = {
             "vae": next(iter(spec.latent.autoencoders), None),
             "text_encoder": spec.text_encoder,
-            "sampler": spec.sampler,
-            "num_sampling_steps": spec.num_steps,
+            "sampler": sampler,
+            "num_sampling_steps": spec.num_steps_with.get(sampler, spec.num_steps),
             "cfg_scale": spec.guidance,
         }
         for name, value in defaults.items():
@@ -149,6 +155,11 @@ class BackboneConfig(Options):
         spec = MODELS[self.model]
         if self.prompts is not None and self.prompt is not None:
             raise HarmonicaError("--prompts and --prompt exclude each other; pass one")
+        if self.prompt is not None and any(ord(c) in SURROGATES for c in self.prompt):
+            raise HarmonicaError(
+                "--prompt is not text of this terminal's encoding; set a UTF-8 locale, or pass it "
+                "in a file with --prompts"
+            )
         if spec.text_encoder is None:
             if self.names_prompts and not self.READS_PROMPTS:
                 flag = "--prompts" if self.prompts is not None else "--prompt"

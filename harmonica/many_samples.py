@@ -108,10 +108,10 @@ def _prepare(config: SampleConfig, rank: Rank) -> tuple[Maker, Origin]:
     backbone = load_backbone(config, device)
     conditions = backbone.conditions
     check_classes(config, conditions.count)
+    decode = load_decoder(config, device)  # refuses before anything is sampled
     chosen = choose_plan(config, backbone)
     plan = Plan(backbone) if chosen is None else chosen[1]
     options = {k: v for k, v in plain(config).items() if k not in NOT_OF_THE_IMAGES}
-    decode = load_decoder(config, device)
     origin = Origin(
         {
             **options,

@@ -20,7 +20,9 @@ from harmonica.files import (
 )
 
 FORMAT = "harmonica-prompts-1"
+LOWERCASED_ONCE = "true"  # files that do not say it are of when all prompts were lower-cased
 TENSORS = ("tokens", "mask", "null_tokens", "null_mask")
+BYTE_ORDER_MARK = "\ufeff"  # with which some editors open a file
 ROWS_AT_ONCE = 1 << 16  # of tokens that are looked through
 # Captions written for this project, one per line.
 BUNDLED_PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
@@ -39,6 +41,7 @@ class EncodedPrompts:
         null_tokens: (k, d) float16, of the empty prompt.
         null_mask: (L,) bool.
         encoder: the text encoder, by its name on the Hub or its folder.
+        lowercased: whether it was given the texts in lower case.
         num_cut: how many prompts were longer than L tokens.
     """
 
@@ -48,6 +51,7 @@ class EncodedPrompts:
     null_tokens: Tensor
     null_mask: Tensor
     encoder: str
+    lowercased: bool
     num_cut: int = 0
 
     @cached_property
@@ -92,7 +96,7 @@ def read_prompts(path: Path) -> list[str]:
     except HarmonicaError as error:
         raise HarmonicaError(f"--prompts {error}") from None
     # Not splitlines, for which there are ends of lines that no editor shows as such.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.removesuffix("\r") for line in text.removeprefix(BYTE_ORDER_MARK).split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
@@ -106,6 +110,7 @@ def save_prompts(path: Path, prompts: EncodedPrompts) -> None:
     metadata = {
         "format": FORMAT,
         "encoder": prompts.encoder,
+        "lowercased": json.dumps(prompts.lowercased),
         "texts": json.dumps(prompts.texts),
         "cut": str(prompts.num_cut),
     }
@@ -128,6 +133,7 @@ def load_prompts(path: Path) -> EncodedPrompts:
     return EncodedPrompts(
         texts=tuple(parse_json(metadata["texts"], "its texts")),
         encoder=metadata["encoder"],
+        lowercased=metadata.get("lowercased", LOWERCASED_ONCE) == "true",
         num_cut=int(metadata.get("cut", 0)),
         **tensors,
     )
@@ -139,6 +145,8 @@ def _fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
         return f"its format is {metadata.get('format')}, not {FORMAT}"
     if set(tensors) != set(TENSORS) or "encoder" not in metadata:
         return "something is missing or unknown"
+    if metadata.get("lowercased", LOWERCASED_ONCE) not in ("true", "false"):
+        return "it does not say whether its texts were put into lower case"
     try:
         texts = parse_json(metadata.get("texts", ""), "its texts")
     except HarmonicaError:

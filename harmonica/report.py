@@ -87,8 +87,8 @@ def sample_and_report(config: SampleConfig) -> str:
     wanted = None if config.method in CALIBRATED else choose
     backbone = load_backbone(config, device, wanted=wanted)
     labels = choose(backbone.conditions.count)
+    decode = load_decoder(config, device)  # refuses before anything is sampled
     chosen = choose_plan(config, backbone)
-    decode = load_decoder(config, device)
     draws, indices = Draws(config.seed, "sample"), range(len(labels))
 
     plans: dict[str, Plan] = {}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,28 +19,43 @@ from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
 from harmonica.hub import part_folder
 from harmonica.prompts import FORMAT, EncodedPrompts, load_prompts, save_prompts
-from models import T5
+from models import T5, ModelSpec
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are read for a model.
+
+    Attributes:
+        encoder: repository on the Hub or folder: a diffusers pipeline (``tokenizer/`` and
+            ``text_encoder/`` in it), or a T5 alone.
+        max_tokens: L; longer prompts are cut.
+        lowercases: whether they are put into lower case.
+    """
+
+    encoder: str
+    max_tokens: int
+    lowercases: bool = False
+
+    @classmethod
+    def of(cls, spec: ModelSpec, encoder: str) -> "Reading":
+        """What a model was trained with, but for the encoder."""
+        return cls(encoder, spec.config.max_tokens, spec.lowercases_prompts)
 
 
 class TextEncoder:
     """A T5 encoder with its tokenizer, at the lengths a model was trained with."""
 
-    def __init__(self, name: str, max_tokens: int):
-        """The tokenizer; the encoder itself is loaded by the first prompt that needs it.
-
-        Args:
-            name: repository on the Hub or folder: a diffusers pipeline (``tokenizer/`` and
-                ``text_encoder/`` in it), or a T5 alone.
-            max_tokens: L.
-        """
+    def __init__(self, reading: Reading):
+        """The tokenizer; the encoder itself is loaded by the first prompt that needs it."""
         try:
             import transformers  # heavy, and only prompts need it
         except ImportError:
             raise HarmonicaError(
                 "prompts need transformers; install the project with its extra [text]"
             ) from None
-        self.name, self.max_tokens = name, max_tokens
-        self._source = str(part_folder(T5)) if name == T5.repository else name
+        self.name, self.reading = reading.encoder, reading
+        self._source = str(part_folder(T5)) if self.name == T5.repository else self.name
         self._transformers, self._model = transformers, None
         self._tokenizer = self._load(transformers.AutoTokenizer, "tokenizer")
 
@@ -66,25 +82,41 @@ class TextEncoder:
         )
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Token ids of every prompt, in lower case as PixArt wants them, and how many were cut."""
-        plain = [text.lower().strip() for text in texts]
+        """Token ids of every prompt without blanks around it, and how many prompts were cut.
+
+        PixArt-alpha wants lower case. Its own preparation also takes addresses, file names, HTML
+        and the like out of captions that were found on the web; here a prompt is what it says.
+        PixArt-Sigma takes prompts as they are written.
+        """
+        plain = [text.strip() for text in texts]
+        if self.reading.lowercases:
+            plain = [text.lower() for text in plain]
+        length = self.reading.max_tokens
         whole = self._tokenizer(plain).input_ids
-        cut = self._tokenizer(plain, truncation=True, max_length=self.max_tokens).input_ids
+        cut = self._tokenizer(plain, truncation=True, max_length=length).input_ids
         return cut, sum(len(a) > len(b) for a, b in zip(whole, cut, strict=True))
+
+    def _load_model(self, device: torch.device) -> Any:
+        # Half precision on a GPU; transformers keeps in float32 what overflows in it.
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        model = self._load(self._transformers.T5EncoderModel, "text_encoder", dtype=dtype)
+        if len(self._tokenizer) > model.config.vocab_size:
+            raise HarmonicaError(
+                f"--text-encoder {self.name} has a tokenizer of {len(self._tokenizer)} tokens and "
+                f"an encoder of {model.config.vocab_size}; pass one whose parts belong together"
+            )
+        return model.eval().to(device)
 
     @torch.inference_mode()
     def encode(self, ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Tokens (m, d) float16 of all prompts, and mask (n, L) of their places, on the CPU."""
         if self._model is None:
-            # Half precision on a GPU; transformers keeps in float32 what overflows in it.
-            dtype = torch.float16 if device.type == "cuda" else torch.float32
-            kind = self._transformers.T5EncoderModel
-            self._model = self._load(kind, "text_encoder", dtype=dtype).eval().to(device)
+            self._model = self._load_model(device)
         # No longer than the longest: the rest is masked out, and is most of the work.
         batch = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
         states = self._model(batch.input_ids, attention_mask=batch.attention_mask)[0]
         length = states.shape[1]
-        mask = torch.zeros(len(ids), self.max_tokens, dtype=torch.bool)
+        mask = torch.zeros(len(ids), self.reading.max_tokens, dtype=torch.bool)
         mask[:, :length] = batch.attention_mask.bool().cpu()
         tokens = states.cpu().half()[mask[:, :length]]
         if not tokens.isfinite().all():
@@ -97,9 +129,8 @@ class TextEncoder:
 
 def encode_prompts(
     texts: Sequence[str],
-    encoder: str,
+    reading: Reading,
     device: torch.device,
-    max_tokens: int = 120,
     batch_size: int = 16,
     progress: str | None = None,
     parts: Path | None = None,
@@ -107,8 +138,6 @@ def encode_prompts(
     """Encode prompts with a T5 that is gone from memory afterwards.
 
     Args:
-        encoder: a T5, or a diffusers pipeline with one: a repository of the Hub, or a folder.
-        max_tokens: L; longer prompts are cut.
         progress: label of a progress bar; None shows none.
         parts: folder in which finished batches are kept, and found again by the next call.
 
@@ -118,7 +147,7 @@ def encode_prompts(
     texts = tuple(texts)
     if not texts:
         raise HarmonicaError("--prompts holds no prompt; write one per line")
-    t5 = TextEncoder(encoder, max_tokens)
+    t5 = TextEncoder(reading)
     _, num_cut = t5.tokenize(texts)
     null: tuple[Tensor, Tensor] | None = None
     batches = []
@@ -132,12 +161,14 @@ def encode_prompts(
     ):
         some = texts[start : start + batch_size]
         part = None if parts is None else Path(parts) / f"{number:06}.safetensors"
-        batch = None if part is None else finished(part, some, encoder, max_tokens)
+        batch = None if part is None else finished(part, some, reading)
         if batch is None:
             if null is None:
                 null = t5.encode(t5.tokenize([""])[0], device)
             tokens, mask = t5.encode(t5.tokenize(some)[0], device)
-            batch = EncodedPrompts(some, tokens, mask, null[0], null[1][0], encoder)
+            batch = EncodedPrompts(
+                some, tokens, mask, null[0], null[1][0], reading.encoder, reading.lowercases
+            )
             if part is not None:
                 save_prompts(part, batch)
         batches.append(batch)
@@ -150,14 +181,13 @@ def encode_prompts(
         torch.cat([batch.mask for batch in batches]),
         batches[0].null_tokens,
         batches[0].null_mask,
-        encoder,
+        reading.encoder,
+        reading.lowercases,
         num_cut,
     )
 
 
-def finished(
-    path: Path, texts: Sequence[str], encoder: str, max_tokens: int
-) -> EncodedPrompts | None:
+def finished(path: Path, texts: Sequence[str], reading: Reading) -> EncodedPrompts | None:
     """What an earlier call has left in a file, if it is there and what is wanted."""
     if not path.is_file():
         return None
@@ -165,48 +195,45 @@ def finished(
         found = load_prompts(path)
     except HarmonicaError:
         return None
-    wanted = (tuple(texts), encoder, max_tokens)
-    return found if (found.texts, found.encoder, found.mask.shape[1]) == wanted else None
+    was_read = Reading(found.encoder, found.mask.shape[1], found.lowercased)
+    return found if (found.texts, was_read) == (tuple(texts), reading) else None
 
 
 def encode_into(
     path: Path,
     texts: Sequence[str],
-    encoder: str,
+    reading: Reading,
     device: torch.device,
-    max_tokens: int,
     batch_size: int = 16,
 ) -> EncodedPrompts:
     """Encode prompts into a file, with a progress bar; an interrupted call is gone on with."""
     parts = path.with_name(f"{path.name}.parts")
-    encoded = encode_prompts(texts, encoder, device, max_tokens, batch_size, "prompts", parts)
+    encoded = encode_prompts(texts, reading, device, batch_size, "prompts", parts)
     save_prompts(path, encoded)
     shutil.rmtree(parts, ignore_errors=True)
     return encoded
 
 
-def kept_file(texts: Sequence[str], encoder: str, max_tokens: int) -> Path:
+def kept_file(texts: Sequence[str], reading: Reading) -> Path:
     """Where these prompts are kept once they are encoded, beside the weights that are fetched."""
-    files = [file for file in sorted(Path(encoder).rglob("*")) if file.is_file()]
+    files = [file for file in sorted(Path(reading.encoder).rglob("*")) if file.is_file()]
     # Of a folder, which may change; a name on the Hub has no files here.
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = json.dumps([FORMAT, list(texts), encoder, max_tokens, stamps])
+    key = json.dumps([FORMAT, list(texts), asdict(reading), stamps])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return downloads.CACHE / "prompts" / f"{name}.safetensors"
 
 
-def encode_once(
-    texts: Sequence[str], encoder: str, device: torch.device, max_tokens: int
-) -> EncodedPrompts:
+def encode_once(texts: Sequence[str], reading: Reading, device: torch.device) -> EncodedPrompts:
     """Encoded prompts, by one process and once: others wait for it, later calls find the file.
 
     Raises:
         HarmonicaError: they cannot be encoded, or kept.
     """
-    path = kept_file(texts, encoder, max_tokens)
-    found = finished(path, texts, encoder, max_tokens)
+    path = kept_file(texts, reading)
+    found = finished(path, texts, reading)
     if found is not None:
         return found
     with downloads.in_turn(path):
-        found = finished(path, texts, encoder, max_tokens)
-        return found or encode_into(path, texts, encoder, device, max_tokens)
+        found = finished(path, texts, reading)
+        return found or encode_into(path, texts, reading, device)

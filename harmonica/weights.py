@@ -13,6 +13,7 @@ from harmonica.files import (
     existing_file,
     first_line,
     is_safetensors,
+    read_json,
     read_safetensors,
     read_torch,
 )
@@ -40,7 +41,7 @@ def weights_file(ckpt: Path | None, spec: ModelSpec, image_size: int) -> Path:
     """The file that ``--ckpt`` names or whose folder it is, or the bundled or fetched one.
 
     Raises:
-        HarmonicaError: there is none.
+        HarmonicaError: there is none, or the folder is of another size.
     """
     if ckpt is not None and ckpt.is_dir():
         found = [ckpt / name for name in IN_FOLDERS if (ckpt / name).is_file()]
@@ -49,6 +50,7 @@ def weights_file(ckpt: Path | None, spec: ModelSpec, image_size: int) -> Path:
                 f"--ckpt {ckpt} holds no {' or '.join(IN_FOLDERS[:2])}; pass a checkpoint or the "
                 "folder of a diffusers model"
             )
+        _check_folder(found[0].parent / "config.json", spec, image_size)
         return found[0]
     if ckpt is not None:
         return existing_file(ckpt, "--ckpt")
@@ -59,6 +61,36 @@ def weights_file(ckpt: Path | None, spec: ModelSpec, image_size: int) -> Path:
         )
     source = spec.weights[image_size]
     return source if isinstance(source, Path) else fetch(source)
+
+
+def _check_folder(path: Path, spec: ModelSpec, image_size: int) -> None:
+    """Refuse weights for other positions, of which nothing is in the weights themselves.
+
+    Args:
+        path: where a folder of diffusers has its configuration.
+
+    Raises:
+        HarmonicaError: they are of another image size, or of a relative.
+    """
+    if not path.is_file():
+        return
+    found, config = read_json(path), spec.config_at(image_size)
+    if not isinstance(found, dict) or type(found.get("sample_size")) is not int:
+        raise HarmonicaError(f"--ckpt {path} does not say a sample_size; fetch the folder again")
+    size = found["sample_size"]
+    if size != config.input_size:
+        raise HarmonicaError(
+            f"--ckpt {path.parent} is of {size * spec.latent_factor} pixels, not of --image-size "
+            f"{image_size}; pass that size, or the folder of this one"
+        )
+    # What diffusers takes where nothing is said.
+    scale = found.get("interpolation_scale") or max(size // 64, 1)
+    wanted = getattr(config, "interpolation", scale)
+    if scale != wanted:
+        raise HarmonicaError(
+            f"--ckpt {path.parent} has an interpolation_scale of {scale}, and --model {spec.name} "
+            f"{wanted:g} at --image-size {image_size}; pass the model and size of the folder"
+        )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -101,11 +101,13 @@ class ModelSpec:
         weights: image size -> published weights; a Path is a file in this repository.
         sizes: image sizes that there are, and what of the shapes differs there; None: any.
         sampler, num_steps, guidance: what is sampled with by default.
+        num_steps_with: samplers that are published with another number of steps, and which.
         guided_channels: latent channels that are guided, the others are not; None: all.
         guided_with: samplers with which that is so, all channels being guided with others; None:
             with every sampler.
         noise_schedule: what the model was trained on.
         text_encoder: pipeline on the Hub with the encoder of its prompts; None: it takes classes.
+        lowercases_prompts: whether that encoder gets them in lower case.
     """
 
     name: str
@@ -117,15 +119,34 @@ class ModelSpec:
     sizes: Mapping[int, Mapping[str, Any]] | None = None
     sampler: str = "ddim"
     num_steps: int = 20
+    num_steps_with: Mapping[str, int] = field(default_factory=dict)
     guidance: float = 1.5
     guided_channels: int | None = None
     guided_with: tuple[str, ...] | None = None
     noise_schedule: str = "linear"
     text_encoder: str | None = None
+    lowercases_prompts: bool = False
 
     @property
     def latent_factor(self) -> int:
         return self.latent.factor
+
+    def config_at(self, image_size: int) -> Any:
+        """The shapes at an image size.
+
+        Raises:
+            ValueError: the size is none of the model's.
+        """
+        if image_size < 1 or image_size % self.latent_factor:
+            raise ValueError(
+                f"image size {image_size} is not a multiple of the latent factor "
+                f"{self.latent_factor}"
+            )
+        if self.sizes is not None and image_size not in self.sizes:
+            known = ", ".join(map(str, self.sizes))
+            raise ValueError(f"image size {image_size} is not one of {known}")
+        of_size = {} if self.sizes is None else self.sizes[image_size]
+        return replace(self.config, input_size=image_size // self.latent_factor, **of_size)
 
     def channels_guided_with(self, sampler: str) -> int | None:
         """Latent channels that are guided, as published; None: all."""
@@ -192,17 +213,22 @@ def _uvits() -> list[ModelSpec]:
     """U-ViT's guidance 0.4 is 1.4 here: it counts from the conditional output, not from the null.
 
     H was trained on Stable Diffusion's noise schedule, L and S in continuous time.
+
+    H samples with order 2: HarmoniCa names DPM-Solver with 20 evaluations and no order, and they
+    are ten whole steps of that one. U-ViT's own evaluation takes order 3 and 50 of them. That of L
+    takes order 3 too, 50 evaluations even in log-SNR down to t = 1e-4, and that of S 1000 steps of
+    Euler-Maruyama; this project has neither and gives both DPM-Solver++, which ends at t = 1e-3.
     """
     return [
         _uvit(
             "U-ViT-H/2", UViTConfig(1152, 28, 16, 2), 256, "imagenet256_uvit_huge.pth",
             "13StUdrjaaSXjfqqF7M47BzPyhMAArQ4u", 1_900_000_000, guidance=1.4,
-            noise_schedule="u-vit",
+            num_steps_with={"dpm-solver-3": 50}, noise_schedule="u-vit",
         ),
         _uvit(
             "U-ViT-H/4", UViTConfig(1152, 28, 16, 4, input_size=64), 512,
             "imagenet512_uvit_huge.pth", "1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", 1_900_000_000,
-            guidance=1.7, noise_schedule="u-vit",
+            guidance=1.7, num_steps_with={"dpm-solver-3": 50}, noise_schedule="u-vit",
         ),
         _uvit(
             "U-ViT-L/2", UViTConfig(1024, 20, 16, 2, has_conv=True), 256,
@@ -238,7 +264,7 @@ def _pixart(name: str, files: Mapping[int, tuple[str, str]], **fields: Any) -> M
         PixArt,
         image_size=256,
         weights=weights,
-        sampler="dpm-solver++",
+        num_steps_with={"iddpm": 100, "sa-solver": 25},
         guidance=4.5,
         # PixArt's IDDPM is that of DiT, with its guidance; its other samplers guide all channels.
         guided_channels=3,
@@ -257,6 +283,8 @@ def _pixarts() -> list[ModelSpec]:
             {size: ("PixArt-alpha", f"PixArt-XL-2-{end}") for size, end in alpha.items()},
             config=PixArtConfig(),
             latent=STABLE_DIFFUSION,
+            sampler="dpm-solver++",
+            lowercases_prompts=True,
             sizes={256: {}, 512: {}, 1024: {"interpolation": 2.0, "has_micro_conditions": True}},
         ),
         _pixart(
@@ -264,6 +292,7 @@ def _pixarts() -> list[ModelSpec]:
             {size: ("PixArt-Sigma", f"PixArt-Sigma-XL-2-{end}") for size, end in sigma.items()},
             config=PixArtConfig(max_tokens=300, interpolation=0.5),
             latent=SDXL,
+            sampler="dpm-solver++-euler",
             sizes={size: {"interpolation": size / 512} for size in sigma},
         ),
     ]
@@ -287,14 +316,6 @@ def create_model(
         ValueError: the sizes do not fit.
     """
     spec = MODELS[name]
-    size = spec.image_size if image_size is None else image_size
-    if size < 1 or size % spec.latent_factor:
-        raise ValueError(
-            f"image size {size} is not a multiple of the latent factor {spec.latent_factor}"
-        )
-    if spec.sizes is not None and size not in spec.sizes:
-        raise ValueError(f"image size {size} is not one of {', '.join(map(str, spec.sizes))}")
-    of_size = {} if spec.sizes is None else spec.sizes[size]
+    config = spec.config_at(spec.image_size if image_size is None else image_size)
     given = {field: value for field, value in changes.items() if value is not None}
-    config = replace(spec.config, input_size=size // spec.latent_factor, **of_size, **given)
-    return spec.constructor(config)
+    return spec.constructor(replace(config, **given))

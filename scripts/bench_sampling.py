@@ -3,10 +3,11 @@
 Prints the time of a batch without and with a cache, timed in turn after warm-up; the measured
 speed-up, the theoretical one, and their ratio, the efficiency; arithmetic against the machine's own
 matrix products, measured in the same run; what the cache holds at most, as planned; and on a GPU
-the peak memory of a batch of either kind, without CUDA graphs.
+the peak memory of a batch of either kind, without CUDA graphs, and of decoding an image.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from harmonica.autoencoder import load_decoder
 from harmonica.backbone import DTYPES, Backbone, load_backbone, select_device
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
@@ -68,23 +70,36 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return size**3 / min(timing.low for timing in timed(runs, 5, device).values())
 
 
-def peak_memory(
-    backbone: Backbone, schedules: dict[str, Schedule | None], batch: Trajectories
-) -> dict[str, int]:
-    """Bytes of the GPU at the peak of one batch, for each schedule; nothing on a CPU.
-
-    Graphs are not captured: torch does not count their memory.
-    """
-    device, peaks = backbone.device, {}
-    if device.type != "cuda":
-        return peaks
-    for name, schedule in schedules.items():
-        engine = Engine(schedule, replace(backbone.how, captures=False))
-        engine(batch)  # what compilation takes does not count
+def peak_memory(device: torch.device, runs: dict[str, Callable[[], object]]) -> dict[str, int]:
+    """Bytes of the GPU at the peak of every run, by name."""
+    peaks = {}
+    for name, run in runs.items():
+        run()  # what compilation takes does not count
         torch.cuda.reset_peak_memory_stats(device)
-        engine(batch)
+        run()
         peaks[f"peak_device_bytes_{name}"] = torch.cuda.max_memory_allocated(device)
     return peaks
+
+
+def device_memory(
+    config: BenchConfig,
+    backbone: Backbone,
+    schedules: dict[str, Schedule | None],
+    batch: Trajectories,
+) -> dict[str, int]:
+    """What a GPU holds at the peak of a batch, for each schedule, and of decoding an image.
+
+    Nothing on a CPU. Graphs are not captured: torch does not count their memory.
+    """
+    device, how = backbone.device, replace(backbone.how, captures=False)
+    if device.type != "cuda":
+        return {}
+    runs = {name: partial(Engine(chosen, how), batch) for name, chosen in schedules.items()}
+    peaks = peak_memory(device, runs)
+    if config.random_weights:  # those of the decoder need not be there either
+        return peaks
+    decode = load_decoder(config, device)
+    return peaks | peak_memory(device, {"decoding": partial(decode, batch.x_T[:1])})
 
 
 @torch.inference_mode()
@@ -94,7 +109,7 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
     rows = config.num_images * backbone.guidance.halves
     batch = trajectories(backbone, Draws(0, "sample"), range(config.num_images))
     schedules = {"uncached": None, "cached": schedule}
-    memory = peak_memory(backbone, schedules, batch)
+    memory = device_memory(config, backbone, schedules, batch)
     runs = {
         name: partial(Engine(chosen, backbone.how), batch) for name, chosen in schedules.items()
     }

@@ -12,7 +12,7 @@ from harmonica.backbone import select_device
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.options import Options, option, parse
 from harmonica.prompts import BUNDLED_PROMPTS, read_prompts, warn_of_cut
-from harmonica.text_encoder import encode_into, finished
+from harmonica.text_encoder import Reading, encode_into, finished
 from models import MODELS
 
 
@@ -49,6 +49,11 @@ class EncodeConfig(Options):
                 f"--model {self.model} reads no prompts; use {' or '.join(readers)}"
             )
 
+    @property
+    def reading(self) -> Reading:
+        lowercases = MODELS[self.model].lowercases_prompts
+        return Reading(self.text_encoder, self.max_tokens, lowercases)
+
 
 def check_output(config: EncodeConfig, texts: list[str]) -> bool:
     """Whether the file is there already.
@@ -58,7 +63,7 @@ def check_output(config: EncodeConfig, texts: list[str]) -> bool:
     """
     if not config.out.exists():
         return False
-    if finished(config.out, texts, config.text_encoder, config.max_tokens) is not None:
+    if finished(config.out, texts, config.reading) is not None:
         return True
     raise HarmonicaError(
         f"--out {config.out} holds something else; remove it or pass another --out"
@@ -70,14 +75,7 @@ def main() -> None:
     config = parse(EncodeConfig, "Encode a text file of prompts with T5.")
     texts = read_prompts(config.prompts)
     if not check_output(config, texts):
-        encoded = encode_into(
-            config.out,
-            texts,
-            config.text_encoder,
-            select_device(),
-            config.max_tokens,
-            config.batch_size,
-        )
+        encoded = encode_into(config.out, texts, config.reading, select_device(), config.batch_size)
         warn_of_cut(encoded)
     print(f"{config.out}: {len(texts)} prompts")
 

@@ -61,7 +61,13 @@ def tiny_specs() -> dict[str, ModelSpec]:
         spec = MODELS[published]
         sizes = None if spec.sizes is None else {64: {}}
         specs[name] = replace(
-            spec, name=name, config=config, image_size=64, num_steps=4, sizes=sizes
+            spec,
+            name=name,
+            config=config,
+            image_size=64,
+            num_steps=4,
+            num_steps_with={},
+            sizes=sizes,
         )
     return specs
 

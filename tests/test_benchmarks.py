@@ -2,12 +2,18 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
 
+from harmonica.backbone import load_backbone
+from harmonica.config import BackboneConfig
 from harmonica.denoise import Trajectories
+from harmonica.randomness import Draws
+from harmonica.sampling import trajectories
+from harmonica.schedule import Schedule
 from harmonica.timing import machine
 
 
@@ -54,6 +60,22 @@ def test_a_sampling_benchmark_names_its_own_flag(sampling, monkeypatch, tmp_path
     with pytest.raises(SystemExit):
         run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
     assert "--target-cur 0.99 is out of reach" in capsys.readouterr().err
+
+
+def test_a_sampling_benchmark_measures_memory_on_a_gpu(sampling, monkeypatch):
+    """Made up here: of what it is measured, not how much it is."""
+    backbone = load_backbone(BackboneConfig(num_sampling_steps=2), torch.device("cpu"))
+    batch = trajectories(backbone, Draws(0, "sample"), range(2))
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(sampling, "load_decoder", lambda config, device: len)
+    on_gpu = replace(backbone, device=torch.device("cuda"))
+    schedules = {"uncached": None, "cached": Schedule.full(2, backbone.costs)}
+    for random, names in ((True, ["uncached", "cached"]), (False, [*schedules, "decoding"])):
+        config = sampling.BenchConfig(random_weights=random)
+        found = sampling.device_memory(config, on_gpu, schedules, batch)
+        assert found == {f"peak_device_bytes_{name}": 7 for name in names}
+        assert sampling.device_memory(config, backbone, schedules, batch) == {}
 
 
 def test_a_training_benchmark(monkeypatch, tmp_path):

@@ -290,17 +290,92 @@ def test_published_command_lines_parse(tmp_path):
     assert config["threshold"] == 0.1 and config["cfg_scale"] == 4.0
 
 
+# Of HarmoniCa (ICML 2025), by preset: what is sampled; CUR in percent, FID without and with the
+# router, seconds without and with it; None where it is not published.
+PUBLISHED = {
+    "dit_xl2_256_t10": ("DiT-XL/2", 256, "DDIM", 10, 1.5, 22.86, 12.16, 13.35, 0.332, 0.270),
+    "dit_xl2_256_t20": ("DiT-XL/2", 256, "DDIM", 20, 1.5, 37.50, 3.52, 4.88, 0.658, 0.456),
+    "dit_xl2_256_t50": ("DiT-XL/2", 256, "DDIM", 50, 1.5, 23.68, 2.27, 2.36, 1.767, 1.361),
+    "dit_xl2_512_t20": ("DiT-XL/2", 512, "DDIM", 20, 1.5, 25.98, 5.10, 5.72, 3.356, 2.574),
+    "pixart_alpha_256_dpm_t20": (
+        "PixArt-alpha-XL/2", 256, "DPM-Solver++", 20, 4.5, 56.01, 27.68, 26.33, 0.553, 0.346,
+    ),
+    "pixart_alpha_256_iddpm_t100": (
+        "PixArt-alpha-XL/2", 256, "IDDPM", 100, 4.5, 53.24, 24.15, 23.73, 2.572, 1.523,
+    ),
+    "pixart_alpha_256_sa_t25": (
+        "PixArt-alpha-XL/2", 256, "SA-Solver", 25, 4.5, 54.19, 26.78, 27.07, 0.891, 0.561,
+    ),
+    "pixart_alpha_512_dpm_t20": (
+        "PixArt-alpha-XL/2", 512, "DPM-Solver++", 20, 4.5, 54.64, 23.96, 24.81, 1.759, 1.072,
+    ),
+    "pixart_alpha_512_sa_t25": (
+        "PixArt-alpha-XL/2", 512, "SA-Solver", 25, 4.5, 54.24, 25.43, 25.74, 2.263, 1.406,
+    ),
+    "pixart_alpha_1024_dpm_t20": (
+        "PixArt-alpha-XL/2", 1024, "DPM-Solver++", 20, 4.5, 55.06, 25.01, 23.02, 9.470, 5.786,
+    ),
+    "pixart_alpha_1024_sa_t25": (
+        "PixArt-alpha-XL/2", 1024, "SA-Solver", 25, 4.5, 53.98, 23.65, 23.77, 11.931, 7.551,
+    ),
+    "pixart_sigma_2048_dpm_t20": (
+        "PixArt-Sigma-XL/2", 2048, "DPM-Solver++", 20, 4.5, None, None, None, 14, 8,
+    ),
+    "uvit_h2_256_dpm_t20": (
+        "U-ViT-H/2", 256, "DPM-Solver", 20, 1.4, None, 2.57, 2.61, 7.60, 4.60,
+    ),
+}  # fmt: skip
+PUBLISHED_SAMPLERS = {
+    "ddim": "DDIM", "iddpm": "IDDPM", "dpm-solver": "DPM-Solver", "dpm-solver++": "DPM-Solver++",
+    "dpm-solver++-euler": "DPM-Solver++", "sa-solver": "SA-Solver",
+}  # fmt: skip
+
+
+def read_preset_file(path: Path) -> tuple[TrainConfig | CompareConfig, list[str]]:
+    """What it resolves to, and the lines of its header."""
+    cls = CompareConfig if path.stem.startswith("compare") else TrainConfig
+    config = resolve(cls, build_parser(cls, "").parse_args(["--config", str(path)]))
+    lines = path.read_text().splitlines()
+    return config, [line.removeprefix("# ") for line in lines if line.startswith("#")]
+
+
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_preset_resolves_and_says_what_it_gave(preset):
-    cls = CompareConfig if preset.stem.startswith("compare") else TrainConfig
-    config = resolve(cls, build_parser(cls, "").parse_args(["--config", str(preset)]))
+    config, header = read_preset_file(preset)
     spec = MODELS[config.model]
     assert config.image_size is None or spec.sizes is None or config.image_size in spec.sizes
-    header = [line for line in preset.read_text().splitlines() if line.startswith("#")]
     assert any(preset.name in line or "demo.sh" in line for line in header)
     assert any("not measured yet" in line or "Measured" in line for line in header)
-    if cls is TrainConfig and config.target_cur is not None and "Published" in "".join(header):
-        assert f"CUR {100 * config.target_cur:.2f} %" in "".join(header)
+
+
+def test_every_published_experiment_has_a_preset():
+    own = {path.stem for path in (ROOT / "configs").glob("compare_*.yaml")} | {"demo"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == own | set(PUBLISHED)
+
+
+def numbers_in(text: str, pattern: str) -> list[float] | None:
+    """The groups of the first match."""
+    match = re.search(pattern, text)
+    return match and [float(group) for group in match.groups()]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_is_the_published_experiment_and_quotes_it(name):
+    model, size, sampler, steps, guidance, *numbers = PUBLISHED[name]
+    config, header = read_preset_file(ROOT / "configs" / f"{name}.yaml")
+    assert header[0] == (
+        f"{model} at {size}, {sampler}, T = {steps}, guidance {guidance}, four GPUs."
+    )
+    assert (config.model, config.image_size) == (model, size)
+    assert PUBLISHED_SAMPLERS[config.sampler] == sampler
+    assert (config.num_sampling_steps, config.cfg_scale) == (steps, guidance)
+    text = " ".join(header)
+    cur, before, after, slow, fast = numbers
+    assert numbers_in(text, r"CUR ([\d.]+) %") == (cur and [cur])
+    assert numbers_in(text, r"FID ([\d.]+) \(uncached ([\d.]+)\)") == (after and [after, before])
+    assert numbers_in(text, r"([\d.]+) -> ([\d.]+) s") == [slow, fast]
+    if config.target_cur is not None:
+        assert config.target_cur == pytest.approx(cur / 100)
 
 
 def refusals(tmp_path):

@@ -209,7 +209,7 @@ def _prompts(path: Path) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     tokens = torch.ones(3, 4, dtype=torch.float16)
     null_mask = mask[1].clone()
-    prompts = EncodedPrompts(("a", "b"), tokens, mask, tokens[:1].clone(), null_mask, "t5")
+    prompts = EncodedPrompts(("a", "b"), tokens, mask, tokens[:1].clone(), null_mask, "t5", True)
     save_prompts(path, prompts)
 
 

@@ -9,12 +9,13 @@ import threading
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, relative
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import read_safetensors
@@ -26,37 +27,49 @@ from harmonica.prompts import (
     save_prompts,
     warn_of_cut,
 )
-from harmonica.text_encoder import TextEncoder, encode_once, encode_prompts, kept_file
+from harmonica.text_encoder import (
+    Reading,
+    TextEncoder,
+    encode_once,
+    encode_prompts,
+    kept_file,
+)
+from models import MODELS
 
 CPU = torch.device("cpu")
 TEXTS = ("A cat on a mat", "", "eine Brücke über den Fluß, 夜 🌉", "fog")
 
 
-def encoded(folder, texts=TEXTS, **options) -> EncodedPrompts:
-    return encode_prompts(texts, str(folder), CPU, **{"max_tokens": 40, **options})
+def encoded(folder, texts=TEXTS, length=40, lowercases=True, **options) -> EncodedPrompts:
+    return encode_prompts(texts, Reading(str(folder), length, lowercases), CPU, **options)
 
 
 def same(a: EncodedPrompts, b: EncodedPrompts) -> bool:
     tensors = ("tokens", "mask", "null_tokens", "null_mask")
-    others = ("texts", "encoder", "num_cut")
+    others = ("texts", "encoder", "lowercased", "num_cut")
     return all(getattr(a, name) == getattr(b, name) for name in others) and all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in tensors
     )
 
 
-def test_embeddings_are_those_of_the_encoder_at_full_length(tiny_t5):
-    """As PixArt's pipeline calls it: lower case, padded to the limit, with the tokenizer's mask."""
-    prompts = encoded(tiny_t5, batch_size=3)
+@pytest.mark.parametrize("model", ["PixArt-alpha-XL/2", "PixArt-Sigma-XL/2"])
+def test_embeddings_are_those_of_the_encoder_at_full_length(model, tiny_t5):
+    """As PixArt calls it: padded to the limit, with the tokenizer's mask; alpha in lower case."""
+    lowercases = Reading.of(MODELS[model], "").lowercases
+    assert lowercases == (model == "PixArt-alpha-XL/2")
+    prompts = encoded(tiny_t5, lowercases=lowercases, batch_size=3)
     tokenizer = AutoTokenizer.from_pretrained(tiny_t5, subfolder="tokenizer")
     model = T5EncoderModel.from_pretrained(tiny_t5, subfolder="text_encoder").eval()
     assert prompts.texts == TEXTS
     embeddings = prompts.embeddings([0, 1, 2, 3])
+    assert prompts.lowercased == lowercases
     assert embeddings.shape == (4, 40, 16) and embeddings.dtype == torch.float16
     assert torch.equal(prompts.embeddings([2, 0, 2]), embeddings[[2, 0, 2]])
     for i, text in enumerate(TEXTS):
         tokens = tokenizer(
-            text.lower(), padding="max_length", max_length=40, truncation=True, return_tensors="pt"
-        )
+            text.lower() if lowercases else text,
+            padding="max_length", max_length=40, truncation=True, return_tensors="pt",
+        )  # fmt: skip
         mask = tokens.attention_mask[0].bool()
         with torch.inference_mode():
             expected = model(**tokens).last_hidden_state[0]
@@ -148,6 +161,7 @@ def test_a_file_gives_back_what_was_saved(tiny_t5, tmp_path):
         (lambda t, m: m.update(format="other"), "its format"),
         (lambda t, m: m.update(texts="[1]"), "its texts"),
         (lambda t, m: m.update(texts='["one"]'), "1 texts do not go"),
+        (lambda t, m: m.update(lowercased="perhaps"), "lower case"),
         (lambda t, m: m.update(cut="3"), "number of prompts that were cut"),
         (lambda t, m: t.pop("null_mask"), "missing or unknown"),
         (lambda t, m: t.update(mask=t["mask"].int()), "not boolean"),
@@ -178,6 +192,26 @@ def test_what_is_not_there_is_refused(tmp_path, tiny_t5):
         encoded(tiny_t5, ())
 
 
+def test_a_tokenizer_of_another_encoder_is_refused(tiny_t5, tmp_path):
+    shutil.copytree(tiny_t5 / "tokenizer", tmp_path / "tokenizer")
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    small = T5EncoderModel(T5Config(vocab_size=10, **sizes))
+    small.save_pretrained(tmp_path / "text_encoder")
+    said = "--text-encoder .* has a tokenizer of 30 tokens and an encoder of 10"
+    with pytest.raises(HarmonicaError, match=said):
+        encoded(tmp_path)
+
+
+def test_files_of_when_all_prompts_were_lower_cased_say_so(tiny_t5, tmp_path):
+    path = tmp_path / "prompts.safetensors"
+    save_prompts(path, encoded(tiny_t5, lowercases=False))
+    assert not load_prompts(path).lowercased
+    tensors, metadata = read_safetensors(path)
+    del metadata["lowercased"]
+    save_file(tensors, path, metadata)
+    assert load_prompts(path).lowercased
+
+
 def test_numbers_beyond_half_precision_are_refused(tiny_t5, tmp_path):
     shutil.copytree(tiny_t5 / "tokenizer", tmp_path / "tokenizer")
     model = T5EncoderModel.from_pretrained(tiny_t5, subfolder="text_encoder")
@@ -194,6 +228,9 @@ def test_prompt_files_have_a_prompt_on_every_line(tmp_path):
     # Only what every editor shows as the end of a line is one; an empty one is the empty prompt.
     path.write_bytes("a\u2028b\x85c\x0bd\x1ce\r\n\r\nfog\n\n \n".encode())
     assert read_prompts(path) == ["a\u2028b\x85c\x0bd\x1ce", "", "fog"]
+    # Some editors open a file with a mark of its byte order, which is no part of the first prompt.
+    path.write_text("fog\n\ufeffa cat\n", "utf-8-sig")
+    assert read_prompts(path) == ["fog", "\ufeffa cat"]
     for nothing in ("", "\n \n"):
         path.write_text(nothing)
         with pytest.raises(HarmonicaError, match="is empty"):
@@ -204,25 +241,27 @@ def test_prompts_are_encoded_once(tiny_t5, tmp_path, monkeypatch):
     """Whoever asks next finds the file, unless the question or the encoder is another."""
     monkeypatch.setattr("harmonica.downloads.CACHE", tmp_path / "cache")
     folder = shutil.copytree(tiny_t5, tmp_path / "t5")
-    arguments = (TEXTS, str(folder), CPU, 40)
+    reading = Reading(str(folder), 40, lowercases=True)
+    arguments = (TEXTS, reading, CPU)
     first = encode_once(*arguments)
     assert same(first, encoded(folder))
     left = [path.name for path in (tmp_path / "cache" / "prompts").iterdir()]
-    path = kept_file(TEXTS, str(folder), 40)
+    path = kept_file(TEXTS, reading)
     assert sorted(left) == sorted([path.name, f".{path.name}.lock"])
     others = [
-        kept_file(TEXTS[:3], str(folder), 40),
-        kept_file(TEXTS, str(folder), 41),
-        kept_file(TEXTS, str(tiny_t5), 40),
+        kept_file(TEXTS[:3], reading),
+        kept_file(TEXTS, replace(reading, max_tokens=41)),
+        kept_file(TEXTS, replace(reading, encoder=str(tiny_t5))),
+        kept_file(TEXTS, replace(reading, lowercases=False)),
     ]
-    assert len({path, *others}) == 4
+    assert len({path, *others}) == 5
     with monkeypatch.context() as without:
         without.setattr("harmonica.text_encoder.TextEncoder", None)
         assert same(encode_once(*arguments), first)
     path.write_bytes(path.read_bytes()[:-1])  # damaged: encoded again
     assert same(encode_once(*arguments), first)
     (folder / "text_encoder" / "config.json").touch()
-    assert not kept_file(TEXTS, str(folder), 40).exists()
+    assert not kept_file(TEXTS, reading).exists()
     with pytest.raises(HarmonicaError, match="HARMONICA_CACHE"):
         monkeypatch.setattr("harmonica.downloads.CACHE", path)
         encode_once(*arguments)
@@ -238,7 +277,7 @@ def test_one_encodes_while_others_wait(tiny_t5, tmp_path, monkeypatch):
 
     def start() -> EncodedPrompts:
         both.wait(10)
-        return encode_once(TEXTS, str(tiny_t5), CPU, 40)
+        return encode_once(TEXTS, Reading(str(tiny_t5), 40), CPU)
 
     with ThreadPoolExecutor(2) as pool:
         a, b = [future.result(60) for future in [pool.submit(start), pool.submit(start)]]
@@ -246,7 +285,7 @@ def test_one_encodes_while_others_wait(tiny_t5, tmp_path, monkeypatch):
 
 
 def test_what_is_held_does_not_grow_with_the_length(tiny_t5):
-    few, many = encoded(tiny_t5, max_tokens=40), encoded(tiny_t5, max_tokens=120)
+    few, many = encoded(tiny_t5, length=40), encoded(tiny_t5, length=120)
     assert many.tokens.shape == few.tokens.shape == (int(few.mask.sum()), 16)
     assert not any(tensor.dim() > 2 for tensor in vars(many).values() if torch.is_tensor(tensor))
 

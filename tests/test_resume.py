@@ -279,11 +279,12 @@ def test_a_run_does_not_go_on_with_other_prompts(tmp_path, monkeypatch):
     def encoded(*texts: str, scale: float) -> EncodedPrompts:
         null, *rest = torch.full((len(texts) + 1, tokens, channels), scale).half()
         mask = torch.ones(len(texts) + 1, tokens, dtype=torch.bool)
-        return EncodedPrompts(texts, torch.cat(rest), mask[1:], null.clone(), mask[0], "T5")
+        return EncodedPrompts(texts, torch.cat(rest), mask[1:], null.clone(), mask[0], "T5", True)
 
     def train_on(*texts: str, scale: float = 1.0, **options) -> None:
         save_prompts(prompts, encoded(*texts, scale=scale))
-        train(tmp_path / "runs", model=spec.name, ckpt=weights, prompts=prompts, **options)
+        flags = {"model": spec.name, "ckpt": weights, "prompts": prompts, "text_encoder": "T5"}
+        train(tmp_path / "runs", **flags, **options)
 
     train_on("a cat", "a dog", max_steps=2)
     with pytest.raises(HarmonicaError, match=r"--resume: --prompts .* put the earlier file back"):

@@ -1,5 +1,7 @@
 """Samplers against published trajectories and against diffusers' schedulers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,8 @@ from harmonica.denoise import Guidance, denoise, guide
 from harmonica.diffusion import NOISE_SCHEDULES, Diffusion, linear_betas, respaced_timesteps
 from harmonica.errors import HarmonicaError
 from harmonica.samplers import DDIM, SAMPLERS, State, create_sampler
-from harmonica.samplers.multistep import published_tau
 from harmonica.samplers.singlestep import SinglestepDPMSolver, step_evaluations
+from models import MODELS
 
 
 def states(batch) -> torch.Tensor:
@@ -89,17 +91,32 @@ def test_the_last_step_adds_no_noise():
         assert sampler.step(4, State(x), output, noise).x.isfinite().all()
 
 
+def dpm_solver_of_pixart(euler_at_final: bool) -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(
+        final_sigmas_type="sigma_min", lower_order_final=False, euler_at_final=euler_at_final
+    )
+
+
+def sa_solver_of_pixart(count: int) -> SASolverScheduler:
+    """The library takes tau where a step starts, PixArt where it leads."""
+    sampler = create_sampler("sa-solver", count)
+    taus = dict(zip(sampler.timesteps, sampler.taus, strict=True))
+    return SASolverScheduler(tau_func=lambda t: taus[float(t)])
+
+
+# By the number of evaluations.
 LIBRARY = {
-    "dpm-solver++": lambda: DPMSolverMultistepScheduler(final_sigmas_type="sigma_min"),
-    "dpm-solver++-zero": lambda: DPMSolverMultistepScheduler(final_sigmas_type="zero"),
-    "sa-solver": SASolverScheduler,
+    "dpm-solver++": lambda count: dpm_solver_of_pixart(euler_at_final=count < 10),
+    "dpm-solver++-euler": lambda count: dpm_solver_of_pixart(euler_at_final=True),
+    "dpm-solver++-zero": lambda count: DPMSolverMultistepScheduler(final_sigmas_type="zero"),
+    "sa-solver": sa_solver_of_pixart,
 }
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-@pytest.mark.parametrize("count", [2, 3, 10, 20])  # the library lowers its last orders below 15
+@pytest.mark.parametrize("count", [2, 3, 10, 20])
 def test_multistep_solvers_equal_the_library_and_can_be_branched(name, count):
-    library = LIBRARY[name]()
+    library = LIBRARY[name](count)
     library.set_timesteps(count)
     sampler, generator = create_sampler(name, count), torch.Generator().manual_seed(0)
     assert sampler.timesteps == tuple(library.timesteps.tolist())
@@ -127,7 +144,7 @@ def test_a_pipeline_of_the_library_walks_the_same_trajectory(name):
             **sizes, **latent, cross_attention_dim=16, caption_channels=8
         )
         x_T, prompts = torch.randn(1, 4, 8, 8), torch.randn(2, 5, 8)
-    pipeline = PixArtAlphaPipeline(None, None, AutoencoderKL(), transformer, LIBRARY[name]())
+    pipeline = PixArtAlphaPipeline(None, None, AutoencoderKL(), transformer, LIBRARY[name](7))
     pipeline.set_progress_bar_config(disable=True)
     mask, theirs = torch.ones(2, 5), []
     pipeline(
@@ -160,10 +177,43 @@ def test_a_pipeline_of_the_library_walks_the_same_trajectory(name):
     assert len(theirs) == 7
 
 
-def test_sa_solver_has_the_published_tau():
-    noisy = [published_tau(t) for t in (999, 801, 800, 500, 200, 199, 0)]
-    assert noisy == [0, 0, 1, 1, 1, 0, 0]
-    assert len(create_sampler("sa-solver", 25).timesteps) == 25
+@pytest.mark.parametrize(
+    "model, count, is_of_first_order",
+    [
+        ("PixArt-alpha-XL/2", 9, True),
+        ("PixArt-alpha-XL/2", 10, False),
+        ("PixArt-alpha-XL/2", 20, False),
+        ("PixArt-Sigma-XL/2", 10, True),
+        ("PixArt-Sigma-XL/2", 20, True),
+    ],
+)
+def test_the_last_step_of_a_pixart_has_its_published_order(model, count, is_of_first_order):
+    """alpha's solver lowers the order below ten evaluations, Sigma's always."""
+    sampler = create_sampler(MODELS[model].sampler, count)
+    before, eps = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    state = sampler.step(count - 2, State(before), eps.flip(1), None)
+    bar, end = sampler.alphas_bar[-1], NOISE_SCHEDULES["linear"].alphas_bar[0]
+    x0 = (state.x - (1 - bar) ** 0.5 * eps) / bar**0.5
+    first_order = end**0.5 * x0 + (1 - end) ** 0.5 * eps
+    last = sampler.step(count - 1, state, eps, None).x
+    assert (relative(last, first_order) < 1e-5) == is_of_first_order
+
+
+def test_sa_solver_is_noisy_where_the_published_one_is():
+    """Where a step leads to a t from 0.2 to 0.8, and not where it starts from one."""
+    sampler = create_sampler("sa-solver", 25)
+    assert [s for s, tau in enumerate(sampler.taus) if tau] == list(range(5, 20))
+    assert create_sampler("sa-solver", 2).taus == (1, 0)
+    x, output, noise = torch.zeros(3, 1, 1, 2, 2)
+    noisy = [
+        s
+        for s in range(25)
+        if not torch.equal(
+            sampler.step(s, State(x), output, noise).x,
+            sampler.step(s, State(x), output, noise + 1).x,
+        )
+    ]
+    assert noisy == list(range(5, 20))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +234,14 @@ def test_steps_of_dpm_solver_share_out_the_evaluations(name, count, orders):
     firsts = [evaluation.time for evaluation in sampler.evaluations if evaluation.together is None]
     starts = np.cumsum([0, *orders[:-1]])
     assert firsts == pytest.approx((1000 - 999 * starts / count).tolist())
+
+
+def test_dpm_solver_of_order_three_evaluates_on_the_grid():
+    """U-ViT's solver takes the inner nodes of its steps from the even grid of t."""
+    for count in (20, 50):
+        times = create_sampler("dpm-solver-3", count, noise_schedule="u-vit").timesteps
+        assert times == pytest.approx([1000 - 999 * k / count for k in range(count)])
+    assert times[:3] == pytest.approx([1000, 980.02, 960.04])
 
 
 # Of nine evaluations, the order of the library's update that each of them is.
@@ -241,7 +299,7 @@ def test_more_evaluations_come_nearer_to_the_exact_solution(name, noise_schedule
     def error(count: int) -> float:
         sampler = create_sampler(name, count, noise_schedule=noise_schedule)
         if name == "sa-solver":
-            sampler.scheduler.tau_func = lambda t: 0  # without noise it solves the same equation
+            sampler = replace(sampler, taus=(0.0,) * count)  # without noise it solves the same one
         to_zero = name in ("ddim", "dpm-solver++-zero")
         end = 1.0 if to_zero else NOISE_SCHEDULES[noise_schedule].alphas_bar[0]
         exact = data.standard(x, sampler.alphas_bar[0])
@@ -262,7 +320,7 @@ def test_a_step_of_dpm_solver_has_its_order(order):
     x = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:, None]
 
     def error(length: float) -> float:
-        step = tuple(step_evaluations(schedule, 0.6, 0.6 - length, order))
+        step = tuple(step_evaluations(schedule, np.linspace(0.6, 0.6 - length, order + 1)))
         end = float(np.exp(2 * schedule.log_alpha(0.6 - length)))
         solver = SinglestepDPMSolver("", step)
         exact = data.standard(x, solver.alphas_bar[0])

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import warnings
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -11,23 +13,25 @@ import pytest
 import torch
 from accelerate import PartialState
 from families import RELATIVES, randomised, register_tiny, tiny, tiny_specs
+from memory import Peak
 from PIL import Image
 from processes import Group
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmonica import hub
-from harmonica.autoencoder import load_decoder
+from harmonica.autoencoder import LARGEST_WHOLE, Decoder, load_decoder
 from harmonica.backbone import load_backbone, reduce_precision
 from harmonica.baselines.fixed import random_schedule
 from harmonica.budget import Budget
 from harmonica.conditions import load_conditions
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance, Trajectories
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.evaluation import evaluate_and_report
 from harmonica.flops import measure_costs
 from harmonica.hub import fetch_part, part_folder
+from harmonica.many_samples import sample_many
 from harmonica.metrics.config import EvaluateConfig
 from harmonica.metrics.subject import open_subject
 from harmonica.options import flag_of
@@ -40,10 +44,11 @@ from harmonica.router_file import load_router
 from harmonica.sample_config import SampleConfig
 from harmonica.samplers import SAMPLERS, create_sampler
 from harmonica.sampling import sample
-from harmonica.text_encoder import TextEncoder, encode_prompts
+from harmonica.text_encoder import Reading, TextEncoder, encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout
+from harmonica.weights import weights_file
 from models import MODELS, SDXL, STABLE_DIFFUSION, T5, HubFolder, create_model
 from models.pixart import PixArt
 
@@ -51,10 +56,24 @@ CPU = torch.device("cpu")
 PROMPTS = "a cat\nЖёлтый кот, très élégants 🐈\nthe same cat, told at such length that it is cut\n"
 
 
+def tiny_autoencoder(levels: int = 4, **changes):
+    """A random one, whose latents have a pixel for 2^(levels - 1) of the image."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **{
+            "block_out_channels": (4,) * levels, "norm_num_groups": 2, "layers_per_block": 1,
+            "sample_size": 32, **changes,
+        },
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_t5):
-    """Weights, autoencoder and prompts of the tiny models."""
-    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+    """Weights, autoencoders and prompts of the tiny models."""
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
     path = tmp_path_factory.mktemp("zoo")
     torch.manual_seed(0)
@@ -65,13 +84,16 @@ def folder(tmp_path_factory, tiny_t5):
     randomised(pixart).save_pretrained(path / "pixart" / "transformer")
     torch.save({"state_dict": tiny("uvit").state_dict()}, path / "uvit.pth")
     save_file(tiny("dit").state_dict(), path / "dit.safetensors")
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
+        num_embeds_ada_norm=5, sample_size=8, patch_size=2, norm_type="ada_norm_zero",
+    )  # fmt: skip
+    randomised(dit).save_pretrained(path / "dit" / "transformer")
     for name in ("tiny-PixArt-1024", "tiny-Sigma"):
         weights = randomised(PixArt(RELATIVES[name][1])).state_dict()
         torch.save({"state_dict": weights}, path / f"{name}.pth")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, sample_size=32,
-    ).save_pretrained(path / "pipeline" / "vae")  # fmt: skip
+    tiny_autoencoder().save_pretrained(path / "pipeline" / "vae")
+    tiny_autoencoder(scaling_factor=SDXL.scale).save_pretrained(path / "sdxl" / "vae")
     (path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     return path
 
@@ -89,7 +111,7 @@ def zoo(monkeypatch, folder, tiny_t5):
         "tiny-U-ViT": {"ckpt": folder / "uvit.pth", **vae},
         "tiny-PixArt": {"ckpt": folder / "pixart", **text},
         "tiny-PixArt-1024": {"ckpt": folder / "tiny-PixArt-1024.pth", **text},
-        "tiny-Sigma": {"ckpt": folder / "tiny-Sigma.pth", **text},
+        "tiny-Sigma": {"ckpt": folder / "tiny-Sigma.pth", **text, "vae": str(folder / "sdxl")},
     }
 
 
@@ -99,8 +121,9 @@ TRAINED = [
     ("tiny-U-ViT", {}),
     ("tiny-PixArt", {}),
     ("tiny-PixArt-1024", {"sampler": "sa-solver"}),
-    ("tiny-Sigma", {"sampler": "dpm-solver++-zero"}),
+    ("tiny-Sigma", {}),
     ("tiny-DiT", {"sampler": "iddpm"}),
+    ("tiny-DiT", {"sampler": "dpm-solver++-zero"}),
     ("tiny-U-ViT", {"sampler": "dpm-solver-3"}),
 ]
 
@@ -159,7 +182,8 @@ def test_every_family_is_sampled_with_every_sampler(name, sampler, zoo, tmp_path
 def test_an_image_is_that_of_its_prompt(zoo, folder, tmp_path, tiny_t5):
     """Encoded before or now, in a list or alone, whatever else is in the batch."""
     encoded = tmp_path / "prompts.safetensors"
-    save_prompts(encoded, encode_prompts(PROMPTS.splitlines(), str(tiny_t5), CPU, max_tokens=9))
+    reading = Reading.of(MODELS["tiny-PixArt"], str(tiny_t5))
+    save_prompts(encoded, encode_prompts(PROMPTS.splitlines(), reading, CPU))
     of_list = zoo["tiny-PixArt"]
     alone = {k: v for k, v in of_list.items() if k != "prompts"} | {
         "prompt": PROMPTS.splitlines()[1]
@@ -202,7 +226,10 @@ def test_a_family_is_sampled_with_its_own_noise_schedule_and_guidance(zoo):
 @pytest.mark.filterwarnings("ignore:.*were cut")
 def test_two_processes_train_a_router_of_prompts(zoo, tmp_path):
     """Like one: prompts belong to samples, not processes. And one of them encodes the prompts."""
-    flags = {"model": "tiny-PixArt", "global_batch_size": 8, "max_steps": 3, **zoo["tiny-PixArt"]}
+    flags = {
+        "model": "tiny-PixArt", "global_batch_size": 8, "max_steps": 6, "log_every": 3,
+        **zoo["tiny-PixArt"],
+    }  # fmt: skip
     alone = Trainer(TrainConfig(results_dir=tmp_path / "alone", **flags)).run()
     words = [word for name, value in flags.items() for word in (flag_of(name), value)]
     group = Group("train", *words, folder=tmp_path, fault=register_tiny)
@@ -211,6 +238,14 @@ def test_two_processes_train_a_router_of_prompts(zoo, tmp_path):
     assert sum("prompts: 100%" in log for log in logs) == 1
     assert ["warning: 2 of 3 prompts are longer" in log for log in logs] == [True, False]
     together = tmp_path / "results" / alone.path.name
+    # The losses: an update of Adam is as large for other prompts.
+    a, b = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (alone.path, together)
+    )
+    assert len(a) == 2
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
     difference = load_router(alone.path).logits - load_router(together).logits
     assert difference.abs().max() < 5e-3
 
@@ -289,13 +324,52 @@ def test_large_images_are_decoded_in_tiles(zoo, folder, monkeypatch):
     assert (whole - tiled).abs().max() > 0 and (whole - tiled).abs().mean() < 0.2
 
 
-def test_latents_are_scaled_as_the_autoencoder_wants(zoo, monkeypatch):
+@pytest.mark.parametrize(("named", "side"), [(32, 4), (64, 8), (1024, 8)])
+def test_tiles_are_as_large_as_the_autoencoder_says_and_no_larger(named, side, monkeypatch):
+    monkeypatch.setattr("harmonica.autoencoder.LARGEST_WHOLE", 8)
+    vae, seen = tiny_autoencoder(sample_size=named).eval(), []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    image = Decoder(STABLE_DIFFUSION, vae)(torch.randn(1, 4, 12, 12))
+    assert image.shape == (1, 3, 96, 96) and max(seen) == side and len(seen) > 1
+
+
+def test_latents_are_scaled_as_the_autoencoder_wants(zoo, folder, monkeypatch):
     config = BackboneConfig(model="tiny-DiT", **zoo["tiny-DiT"])
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = load_decoder(config, CPU)(x * STABLE_DIFFUSION.scale)
     monkeypatch.setitem(MODELS, "tiny-DiT", replace(MODELS["tiny-DiT"], latent=SDXL))
-    assert torch.allclose(load_decoder(config, CPU)(x * SDXL.scale), plain, atol=1e-5)
+    with pytest.warns(HarmonicaWarning, match=r"scales latents by 0.18215, --model .* by 0.13025"):
+        decode = load_decoder(config, CPU)
+    assert torch.allclose(decode(x * SDXL.scale), plain, atol=1e-5)
     assert (STABLE_DIFFUSION.scale, SDXL.scale) == (0.18215, 0.13025)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HarmonicaWarning)
+        load_decoder(replace(config, vae=str(folder / "sdxl")), CPU)
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "said"),
+    [
+        (partial(tiny_autoencoder, latent_channels=16), "16 channels at 1/8 of the image"),
+        (partial(tiny_autoencoder, levels=3), "4 channels at 1/4 of the image"),
+    ],
+)
+def test_an_autoencoder_of_other_latents_is_refused_before_anything_is_sampled(
+    autoencoder, said, zoo, tmp_path, monkeypatch
+):
+    autoencoder().save_pretrained(tmp_path / "vae")
+    for module in ("report", "many_samples"):  # a method may sample to choose its schedule
+        monkeypatch.setattr(f"harmonica.{module}.choose_plan", None)
+    flags = {"model": "tiny-DiT", **zoo["tiny-DiT"], "vae": str(tmp_path)}
+    out = tmp_path / "out"
+    config = SampleConfig(out=out, method="smoothcache", target_cur=0.3, **flags)
+    for start in (
+        lambda: sample_and_report(config),
+        lambda: sample_many(replace(config, num_samples=4)),
+        lambda: Trainer(TrainConfig(results_dir=out, **flags)),
+    ):
+        with pytest.raises(HarmonicaError, match=f"--vae .* latents of {said}.* use ema or mse"):
+            start()
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
@@ -308,7 +382,7 @@ def test_latents_are_scaled_as_the_autoencoder_wants(zoo, monkeypatch):
 )
 def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tiny_t5, monkeypatch):
     path = tmp_path / "prompts.safetensors"
-    save_prompts(path, encode_prompts(["a"], str(tiny_t5), CPU, max_tokens=9))
+    save_prompts(path, encode_prompts(["a"], Reading(str(tiny_t5), 9), CPU))
     spec = MODELS["tiny-PixArt"]
     monkeypatch.setitem(
         MODELS, "tiny-PixArt", replace(spec, config=replace(spec.config, **changes))
@@ -316,6 +390,33 @@ def test_prompts_of_another_model_are_refused(changes, named, zoo, tmp_path, tin
     config = BackboneConfig(model="tiny-PixArt", **{**zoo["tiny-PixArt"], "prompts": path})
     with pytest.raises(HarmonicaError, match=named):
         load_conditions(config, (64, 64), CPU)
+
+
+def test_prompts_of_another_reading_are_taken_with_a_warning(zoo, tmp_path, tiny_t5):
+    """Of the same shape, as those of mT5 and FLAN-T5 are."""
+    path = tmp_path / "prompts.safetensors"
+    own = Reading.of(MODELS["tiny-PixArt"], str(tiny_t5))
+    flags = {**zoo["tiny-PixArt"], "prompts": path}
+    config = BackboneConfig(model="tiny-PixArt", **flags)
+
+    def said(reading: Reading, config: BackboneConfig) -> list[str]:
+        prompts = encode_prompts(["A cat"], own, CPU)
+        encoder, case = reading.encoder, reading.lowercases
+        save_prompts(path, replace(prompts, encoder=encoder, lowercased=case))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", HarmonicaWarning)
+            load_conditions(config, (64, 64), CPU)
+        return [str(warning.message) for warning in caught]
+
+    assert said(own, config) == []
+    flan = replace(own, encoder="google/flan-t5-xxl")
+    (doubt,) = said(flan, config)
+    assert f"by google/flan-t5-xxl, not by {tiny_t5}" in doubt
+    assert said(flan, replace(config, text_encoder="google/flan-t5-xxl")) == []
+    (doubt,) = said(replace(own, lowercases=False), config)
+    assert "encoded as written, and --model tiny-PixArt wants them in lower case" in doubt
+    (doubt,) = said(flan, replace(config, text_encoder=None))
+    assert f"not by {T5.repository}" in doubt
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
@@ -327,6 +428,42 @@ def test_weights_that_do_not_fit_are_named(name, zoo, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(HarmonicaError, match=r"--ckpt .*empty holds no transformer"):
         load_backbone(BackboneConfig(model=name, **{**zoo[name], "ckpt": tmp_path / "empty"}), CPU)
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+@pytest.mark.parametrize(("name", "part"), [("tiny-DiT", "dit"), ("tiny-PixArt", "pixart")])
+def test_folders_of_diffusers_are_loaded(name, part, zoo, folder):
+    flags = {**zoo[name], "ckpt": folder / part}
+    model = load_backbone(BackboneConfig(model=name, **flags), CPU).model
+    stored = load_file(folder / part / "transformer" / "diffusion_pytorch_model.safetensors")
+    published = model.under_published_names(stored)
+    assert len(published) == len(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, published[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "changes", "said"),
+    [
+        ("tiny-DiT", "dit", {"sample_size": 16}, "is of 128 pixels, not of --image-size 64"),
+        ("tiny-PixArt", "pixart", {"sample_size": 4}, "is of 32 pixels, not of --image-size 64"),
+        ("tiny-PixArt", "pixart", {"sample_size": None}, "does not say a sample_size"),
+        ("tiny-PixArt", "pixart", {"interpolation_scale": None}, None),
+        ("tiny-PixArt-1024", "pixart", {}, "of 1, and --model tiny-PixArt-1024 2 at"),
+        ("tiny-Sigma", "pixart", {}, "of 1, and --model tiny-Sigma 0.5 at --image-size 64"),
+    ],
+)
+def test_folders_of_another_size_are_refused(name, part, changes, said, zoo, folder, tmp_path):
+    """alpha-256 and Sigma-256 have weights of the same shapes, and so have sizes of DiT."""
+    shutil.copytree(folder / part, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    find = partial(weights_file, tmp_path, MODELS[name], 64)
+    if said is None:
+        assert find().is_file()
+    else:
+        with pytest.raises(HarmonicaError, match=f"--ckpt .* {said}"):
+            find()
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("DiT")])
@@ -372,6 +509,32 @@ def fill(model: torch.nn.Module) -> None:
                 module._parameters[key] = torch.nn.Parameter(empty, requires_grad=False)
         for key, value in module._buffers.items():
             module._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
+
+
+def test_decoding_an_image_of_2048_pixels_fits_24_gigabytes():
+    """In float32, a tile of 1024 pixels at a time, beside the model's weights in half precision.
+
+    Tensors are fake: they have a type and a size, and nothing is computed.
+    """
+    with torch.device("meta"):
+        model = create_model("PixArt-Sigma-XL/2", image_size=2048)
+        vae = tiny_autoencoder(
+            block_out_channels=(128, 256, 512, 512), norm_num_groups=32, layers_per_block=2,
+            sample_size=1024,
+        )  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill(vae)
+        vae.enable_tiling()
+        side = vae.tile_latent_min_size
+        with Peak() as peak:
+            Decoder(SDXL, vae)(torch.empty(1, 4, side, side))
+    assert side == LARGEST_WHOLE == 128
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    assert (round(peak.bytes / 1e9, 1), round(weights / 1e9, 1)) == (3.2, 0.3)
+    # Whoever writes out the attention of the middle, which has a token for every latent pixel.
+    attention = 3 * 4 * side**4
+    others = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert max(peak.bytes, attention) + weights + others < 24e9
 
 
 def test_training_on_the_final_image_fits_24_gigabytes():
@@ -422,6 +585,7 @@ REFUSED = [
     ({"model": "DiT-XL/2", "height": 256}, "--height 256"),
     ({"model": "PixArt-alpha-XL/2", "prompts": "a", "prompt": "b"}, "--prompts and --prompt"),
     ({"model": "DiT-XL/2", "prompt": "a cat"}, "--prompt is for"),
+    ({"model": "PixArt-alpha-XL/2", "prompt": "a c\udce4t"}, "--prompt is not text"),
     ({"model": "U-ViT-S/2", "cfg_scale": 1.4}, "--cfg-scale 1.4"),
     ({"model": "U-ViT-H/2", "sampler": "iddpm"}, "--sampler iddpm"),
     ({"model": "PixArt-Sigma-XL/2", "vae": "ema"}, "--vae ema"),
@@ -452,9 +616,26 @@ def test_defaults_are_those_of_the_family():
     assert resolved("DiT-Ti/4") == ("ddim", 20, 1.5, None)
     assert resolved("U-ViT-H/2") == ("dpm-solver", 20, 1.4, "ema")
     assert resolved("PixArt-alpha-XL/2") == ("dpm-solver++", 20, 4.5, "ema")
-    assert resolved("PixArt-Sigma-XL/2") == ("dpm-solver++", 20, 4.5, "sdxl")
+    assert resolved("PixArt-Sigma-XL/2") == ("dpm-solver++-euler", 20, 4.5, "sdxl")
     assert MODELS["DiT-XL/2"].guided_channels == 3
     assert MODELS["U-ViT-H/2"].guided_channels is None
+
+
+@pytest.mark.parametrize(
+    ("model", "sampler", "steps"),
+    [
+        ("PixArt-alpha-XL/2", "sa-solver", 25),
+        ("PixArt-alpha-XL/2", "iddpm", 100),
+        ("PixArt-alpha-XL/2", "ddim", 20),
+        ("PixArt-Sigma-XL/2", "sa-solver", 25),
+        ("U-ViT-H/2", "dpm-solver-3", 50),
+        ("DiT-XL/2", "iddpm", 20),
+    ],
+)
+def test_a_sampler_brings_the_number_of_steps_that_it_was_published_with(model, sampler, steps):
+    assert BackboneConfig(model=model, sampler=sampler).num_sampling_steps == steps
+    chosen = BackboneConfig(model=model, sampler=sampler, num_sampling_steps=7)
+    assert chosen.num_sampling_steps == 7
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
@@ -572,12 +753,12 @@ def test_parts_that_cannot_be_fetched_name_the_command(hub_cache, monkeypatch):
         with pytest.raises(HarmonicaError, match=rf"could not be fetched.*`download\.py {name}`"):
             load_decoder(BackboneConfig(model=known, vae=name), CPU)
     with pytest.raises(HarmonicaError, match=r"could not be fetched.*`download\.py t5`"):
-        encode_prompts(["a cat"], T5.repository, CPU)
+        encode_prompts(["a cat"], Reading(T5.repository, 120), CPU)
     # One that is there, but not whole.
     kept_by_the_hub(hub_cache, T5, "tokenizer/tokenizer_config.json", b"{}")
     monkeypatch.setattr(hub, "fetch_part", lambda part: hub_cache)
     with pytest.raises(HarmonicaError, match=r"--text-encoder .*`download\.py t5`"):
-        encode_prompts(["a cat"], T5.repository, CPU)
+        encode_prompts(["a cat"], Reading(T5.repository, 120), CPU)
     with pytest.raises(HarmonicaError, match=r"--vae ema cannot be loaded.*`download\.py ema`"):
         load_decoder(BackboneConfig(model="DiT-XL/2", vae="ema"), CPU)
     with pytest.raises(HarmonicaError, match=r"--vae .*absent cannot be loaded.*pass ema, mse or"):
@@ -593,4 +774,4 @@ def test_the_first_reason_is_told(monkeypatch):
 
     monkeypatch.setattr("transformers.AutoTokenizer", Nowhere)
     with pytest.raises(HarmonicaError, match=r"--text-encoder some/t5 .*\(no network\)"):
-        encode_prompts(["a cat"], "some/t5", CPU)
+        encode_prompts(["a cat"], Reading("some/t5", 120), CPU)

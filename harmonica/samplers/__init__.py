@@ -22,12 +22,17 @@ SAMPLERS: dict[str, Callable[[int, str, float], Sampler]] = {
     "iddpm": lambda steps, noise, eta: IDDPM(Diffusion.respaced(steps, noise)),
     "dpm-solver": lambda steps, noise, eta: dpm_solver(steps, 2, noise),
     "dpm-solver-3": lambda steps, noise, eta: dpm_solver(steps, 3, noise),
-    "dpm-solver++": lambda steps, noise, eta: dpm_solver_pp(steps, noise),
-    "dpm-solver++-zero": lambda steps, noise, eta: dpm_solver_pp(steps, noise, to_zero=True),
+    "dpm-solver++": lambda steps, noise, eta: dpm_solver_pp(steps, noise, "dpm-solver++"),
+    "dpm-solver++-euler": lambda steps, noise, eta: dpm_solver_pp(
+        steps, noise, "dpm-solver++-euler"
+    ),
+    "dpm-solver++-zero": lambda steps, noise, eta: dpm_solver_pp(steps, noise, "dpm-solver++-zero"),
     "sa-solver": lambda steps, noise, eta: sa_solver(steps, noise),
 }
 # The library's solvers space T + 1 timesteps in what training had.
-MOST_STEPS = dict.fromkeys(("dpm-solver++", "dpm-solver++-zero", "sa-solver"), TRAIN_STEPS - 1)
+MOST_STEPS = dict.fromkeys(
+    ("dpm-solver++", "dpm-solver++-euler", "dpm-solver++-zero", "sa-solver"), TRAIN_STEPS - 1
+)
 
 
 def create_sampler(

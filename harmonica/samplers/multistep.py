@@ -7,9 +7,10 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from harmonica.diffusion import NOISE_SCHEDULES, NoiseSchedule
+from harmonica.diffusion import NOISE_SCHEDULES, TRAIN_STEPS, NoiseSchedule
 from harmonica.samplers.sampler import State
 
 
@@ -65,12 +66,13 @@ class SASolver(Multistep):
     The predictor and the corrector are the library's; putting them together is ours, because its
     own step draws noise from a generator of the whole batch. History: the data predicted at one or
     two evaluations, the corrected x, and the noise of the last step, which the corrector repeats.
+
+    Attributes:
+        taus: (T,) share of the full noise that every step adds.
     """
 
+    taus: tuple[float, ...]
     stochastic = True
-
-    def _tau(self, s: int) -> float:
-        return self.scheduler.tau_func(self.scheduler.timesteps[s].item())
 
     def step(self, s: int, state: State, output: Tensor, noise: Tensor | None) -> State:
         solver, x, before = self._at(s), state.x, []
@@ -85,7 +87,7 @@ class SASolver(Multistep):
                 last_noise=last_noise,
                 this_sample=x,
                 order=solver.config.corrector_order,
-                tau=self._tau(s - 1),
+                tau=self.taus[s - 1],
             )
         # Predictor; the last step is of first order.
         solver.model_outputs = [*before[-1:], data]
@@ -94,18 +96,21 @@ class SASolver(Multistep):
             sample=x,
             noise=noise,
             order=min(len(solver.model_outputs), len(self.timesteps) - s),
-            tau=self._tau(s),
+            tau=self.taus[s],
         )
         return State(following, (*solver.model_outputs, x, noise))
 
 
 def dpm_solver_pp(
-    num_steps: int, noise_schedule: str = "linear", to_zero: bool = False
+    num_steps: int, noise_schedule: str = "linear", name: str = "dpm-solver++"
 ) -> DPMSolverMultistep:
     """DPM-Solver++(2M), evaluations evenly spaced in t.
 
     Args:
-        to_zero: end without noise, and not, as PixArt does, at the least noise of training.
+        name: says how it ends. ``dpm-solver++`` and ``dpm-solver++-euler`` end at the least noise
+            of training, the one as PixArt-alpha does, with a last step of first order below ten
+            evaluations, the other as PixArt-Sigma, with such a step always. ``dpm-solver++-zero``
+            ends without noise.
     """
     from diffusers import DPMSolverMultistepScheduler  # heavy, and only this sampler needs it
 
@@ -113,16 +118,18 @@ def dpm_solver_pp(
     scheduler = DPMSolverMultistepScheduler(
         trained_betas=schedule.betas,
         solver_order=2,
-        final_sigmas_type="zero" if to_zero else "sigma_min",
+        final_sigmas_type="zero" if name == "dpm-solver++-zero" else "sigma_min",
+        euler_at_final=name == "dpm-solver++-euler" or num_steps < 10,
+        lower_order_final=False,  # the library would do so below 15 evaluations
     )
     scheduler.set_timesteps(num_steps)
-    name = "dpm-solver++-zero" if to_zero else "dpm-solver++"
     return DPMSolverMultistep(name, scheduler, schedule)
 
 
-def published_tau(t: float) -> float:
-    """Share of the full noise that SA-Solver adds at timestep t of 1000."""
-    return 1.0 if 200 <= t <= 800 else 0.0
+def published_taus(num_steps: int) -> tuple[float, ...]:
+    """1 where a step leads to a t from 0.2 to 0.8, else 0, as PixArt chooses; 0 for the last."""
+    ends = np.linspace(1, 1 / TRAIN_STEPS, num_steps + 1)[1:-1]
+    return (*(float(0.2 <= t <= 0.8) for t in ends), 0.0)
 
 
 def sa_solver(num_steps: int, noise_schedule: str = "linear") -> SASolver:
@@ -135,7 +142,6 @@ def sa_solver(num_steps: int, noise_schedule: str = "linear") -> SASolver:
         predictor_order=2,
         corrector_order=2,
         algorithm_type="data_prediction",
-        tau_func=published_tau,
     )
     scheduler.set_timesteps(num_steps)
-    return SASolver("sa-solver", scheduler, schedule)
+    return SASolver("sa-solver", scheduler, schedule, published_taus(num_steps))

@@ -1,11 +1,13 @@
 """Singlestep DPM-Solver in continuous time, as U-ViT uses it.
 
-Our own: the library's scheduler visits other times. Steps are evenly spaced in t from 1 to the
-least noise of training; a step of order k takes k evaluations, evenly spaced in log-SNR. T counts
-evaluations.
+Our own: the library's scheduler visits other times. T counts evaluations. A grid of T equal parts
+of t goes from 1 to the least noise of training; a step of order k covers k parts and takes k
+evaluations. The published solver of order 2 puts the second one at the middle of the step in
+log-SNR, that of order 3 ("fast") evaluates at the nodes of the grid.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +85,7 @@ def _data_weights(r: float, node: float, h: float, order: int) -> tuple[float, f
     """Weights of the data predicted at the start and at ``node``, for x at ``r``, over its alpha.
 
     DPM-Solver++ eq. 9 with data that change linearly in log-SNR; ``r`` and ``node`` are fractions
-    of the step's change of log-SNR, h. The step of order 2 takes the data at its middle as
+    of the step's change of log-SNR, h. The step of order 2 takes what they are at its middle as
     constant, like Algorithm 1 there.
     """
     constant = -np.expm1(-r * h)
@@ -91,16 +93,13 @@ def _data_weights(r: float, node: float, h: float, order: int) -> tuple[float, f
     return constant - linear / node, linear / node
 
 
-def step_evaluations(
-    schedule: NoiseSchedule, start: float, end: float, order: int
-) -> list[Evaluation]:
-    """Those of one step, from ``start`` to ``end`` in continuous time."""
-    log_snr = [_log_snr(schedule, t) for t in (start, end)]
-    h = log_snr[1] - log_snr[0]
-    fractions = [k / order for k in range(order + 1)]
-    inner = [float(schedule.time_at(log_snr[0] + r * h)) for r in fractions[1:-1]]
-    times = [start, *inner, end]
-    alphas = [float(np.exp(schedule.log_alpha(t))) for t in times]
+def step_evaluations(schedule: NoiseSchedule, nodes: np.ndarray) -> list[Evaluation]:
+    """Those of one step, of order k, through k + 1 nodes in continuous time."""
+    order, log_snr = len(nodes) - 1, _log_snr(schedule, nodes)
+    h = float(log_snr[-1] - log_snr[0])
+    fractions = ((log_snr - log_snr[0]) / h).tolist()
+    times = schedule.model_time(schedule.step_at(nodes)).tolist()
+    alphas = np.exp(schedule.log_alpha(nodes)).tolist()
     sigmas = [float(np.sqrt(1 - alpha**2)) for alpha in alphas]
     evaluations = []
     for k in range(order):
@@ -111,7 +110,7 @@ def step_evaluations(
             together = (sigmas[k + 1] / sigmas[0], *(float(alpha * weight) for weight in weights))
         evaluations.append(
             Evaluation(
-                time=float(schedule.model_time(schedule.step_at(times[k]))),
+                time=times[k],
                 alpha=alphas[k],
                 sigma=sigmas[k],
                 alone=(ratio, alpha - ratio * alphas[k]),
@@ -122,22 +121,28 @@ def step_evaluations(
     return evaluations
 
 
-def _log_snr(schedule: NoiseSchedule, t: float) -> float:
+def _log_snr(schedule: NoiseSchedule, t: np.ndarray) -> np.ndarray:
     """log(alpha / sigma)."""
     log_alpha = schedule.log_alpha(t)
-    return float(log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha)))
+    return log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha))
+
+
+def _even_in_log_snr(schedule: NoiseSchedule, nodes: np.ndarray) -> np.ndarray:
+    """As many nodes between the same ends."""
+    start, end = _log_snr(schedule, nodes[[0, -1]])
+    inner = schedule.time_at(np.linspace(start, end, len(nodes))[1:-1])
+    return np.array([nodes[0], *inner, nodes[-1]])
 
 
 def dpm_solver(num_steps: int, order: int, noise_schedule: str = "linear") -> SinglestepDPMSolver:
     """DPM-Solver of order 2 or 3 with ``num_steps`` evaluations."""
     schedule = NOISE_SCHEDULES[noise_schedule]
-    orders = _orders(num_steps, order)
     grid = np.linspace(1.0, 1 / len(schedule.betas), num_steps + 1)
-    ends = grid[np.cumsum([0, *orders])].tolist()
-    evaluations = [
-        evaluation
-        for start, end, k in zip(ends[:-1], ends[1:], orders, strict=True)
-        for evaluation in step_evaluations(schedule, start, end, k)
-    ]
+    evaluations: list[Evaluation] = []
+    for first, last in pairwise(np.cumsum([0, *_orders(num_steps, order)])):
+        nodes = grid[first : last + 1]
+        if order == 2:
+            nodes = _even_in_log_snr(schedule, nodes)
+        evaluations += step_evaluations(schedule, nodes)
     name = "dpm-solver" if order == 2 else f"dpm-solver-{order}"
     return SinglestepDPMSolver(name, tuple(evaluations))
