@@ -1,5 +1,6 @@
 """Files from anybody: a correct load or one sentence; and that nothing goes past the one door."""
 
+import argparse
 import ast
 import contextlib
 import io
@@ -7,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import struct
 import tarfile
@@ -128,8 +130,6 @@ def _router(path: Path) -> None:
 
 
 def _published(path: Path) -> None:
-    import argparse
-
     torch.save(
         {
             "routers": {f"{i}.prob": torch.randn(1, 3) for i in range(4)},
@@ -177,8 +177,6 @@ def _shard_manifest(path: Path) -> None:
 
 def _diffusers(path: Path) -> None:
     """The tiny DiT under diffusers' names."""
-    import re
-
     state, renamed = tiny("dit").state_dict(), {}
     del state["pos_embed"]
     names = (
@@ -478,10 +476,108 @@ class Malicious:
         return os.system, (self.command,)
 
 
+def saved(content, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def rezipped(content: bytes, compression: int = zipfile.ZIP_DEFLATED, **members: bytes) -> bytes:
+    """A zip file again, with other content in some of its members, by the ends of their names."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as earlier,
+        zipfile.ZipFile(buffer, "w", compression) as archive,
+    ):
+        for entry in earlier.infolist():
+            stem = entry.filename.rpartition("/")[2].partition(".")[0]
+            archive.writestr(entry.filename, members.get(stem, earlier.read(entry)))
+    return buffer.getvalue()
+
+
+def two_faced(content: bytes) -> bytes:
+    """A zip file with a second directory, of empty files, where Python looks for the first."""
+    end, start = content[-22:], int.from_bytes(content[-6:-2], "little")
+    other = bytearray(content[start:-22].replace(b".pkl", b".txt"))
+    for found in re.finditer(b"PK\1\2", other):
+        other[found.start() + 24 : found.start() + 28] = bytes(4)
+    return content[:-22] + other + end
+
+
+def pickled(program: bytes) -> bytes:
+    """A file of PyTorch whose pickle is this program."""
+    return rezipped(saved({}), zipfile.ZIP_STORED, data=b"\x80\x02" + program + b".")
+
+
+def laughs(depth: int) -> list:
+    """A list that is short as references and endless without them."""
+    found = ["x"]
+    for _ in range(depth):
+        found = [found] * 9
+    return found
+
+
+ROW = torch.zeros(1 << 20)
+# What would take much more memory than it takes on disk, or has no numbers at all.
+OVERSIZED = {
+    "expanded": (saved({"0.prob": torch.zeros(1).expand(1, 10**13)}), "more comes out"),
+    "referred to": (saved({f"{i}.prob": ROW for i in range(200)}), "more comes out"),
+    "endless": (saved({"versions": laughs(40)}), "more comes out"),
+    "circular": (saved({"a": (circle := [])} | {"b": circle.append(circle)}), "recursion"),
+    "deflated": (rezipped(saved({"0.prob": ROW})), "compressed"),
+    "two-faced": (two_faced(rezipped(saved({"0.prob": ROW}))), "directory is not where"),
+    "constructed": (pickled(b"c__builtin__\nbytearray\n(J\0\0\0\x10tR"), "no part of weights"),
+    "built of lists": (pickled(b"ctorch\nFloatTensor\n(]tR"), "no part of weights"),
+    "without numbers": (saved({"0.prob": torch.zeros(3, device="meta")}), "no part of weights"),
+    "sparse": (saved({"0.prob": torch.zeros(3).to_sparse()}), "no part of weights"),
+}
+
+
+@pytest.mark.parametrize("name", OVERSIZED)
+def test_a_pt_file_gives_no_more_than_it_holds(tmp_path, name):
+    path, (content, reason) = tmp_path / "router.pt", OVERSIZED[name]
+    path.write_bytes(content)
+    with within(20), pytest.raises(HarmonicaError, match=f"was not loaded .*{reason}"):
+        load_router(path)
+
+
+def test_a_pt_file_has_no_say_in_what_methods_do(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickled(b"ccollections\nOrderedDict\n)R}X\5\0\0\0itemsK\3sb"))
+    with pytest.raises(HarmonicaError, match="is missing"):
+        load_weights(DiT(DIT), path, "DiT")
+
+
+def test_what_pytorch_saves_is_read_as_it_was(tmp_path):
+    """In both formats, and of training by others."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    rates = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    state = {
+        "model": model.state_dict(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "opt": optimizer.state_dict(),
+        "rates": rates.state_dict(),
+        "args": argparse.Namespace(lr=0.1, names=["a", "b"]),
+        "size": (torch.Size((1, 2)), None, True, b"x"),
+    }
+    for zipped in (True, False):
+        (tmp_path / "state.pt").write_bytes(saved(state, _use_new_zipfile_serialization=zipped))
+        found = read_torch(tmp_path / "state.pt")
+        assert repr(found["model"]) == repr(dict(state["model"]))
+        assert repr(found["opt"]) == repr(state["opt"])
+        assert found["rates"] == state["rates"] and found["args"] == state["args"]
+        assert torch.equal(found["half"], state["half"]) and found["size"] == state["size"]
+        assert type(found["parameter"]) is torch.Tensor and type(found["model"]) is dict
+
+
 def reseal_pickle(path: Path, draw: random.Random) -> None:
-    """A file that would run a command, in every wrapping that PyTorch knows."""
+    """A file that would run a command, or grow, in every wrapping that PyTorch knows."""
     bomb = Malicious(f"touch {path.parent / 'executed'}")
-    match draw.randrange(4):
+    match draw.randrange(5):
         case 0:
             path.write_bytes(pickle.dumps(bomb, protocol=draw.randrange(2, 6)))
         case 1:
@@ -495,6 +591,8 @@ def reseal_pickle(path: Path, draw: random.Random) -> None:
                  {"0.prob": torch.tensor(3.0)}, {"routers": {}}, {"routers": [torch.zeros(3)]})
             )  # fmt: skip
             torch.save(state, path)
+        case 4:
+            path.write_bytes(draw.choice(list(OVERSIZED.values()))[0])
 
 
 def reseal_tensors(path: Path, draw: random.Random) -> None:

@@ -3,7 +3,6 @@
 What is wrong with a file is said in one sentence; nothing else is raised.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -13,10 +12,9 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -132,22 +130,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise HarmonicaError(
             f"{path} is not a whole safetensors file ({first_line(error)}); fetch or export it "
             "again"
-        ) from None
-
-
-def read_torch(source: Path | IO[bytes], name: str | None = None) -> Any:
-    """A ``.pt`` file, with tensors, containers and ``argparse.Namespace`` allowed, nothing else.
-
-    Args:
-        name: of the source in a refusal; a path names itself.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise HarmonicaError(
-            f"{name or source} is not a weights-only PyTorch file and was not loaded "
-            f"({first_line(error)}); use the original file or a safetensors copy"
         ) from None
 
 
