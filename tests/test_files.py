@@ -339,8 +339,9 @@ def spoil_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 VALUES = (
-    None, True, -1, 0, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "1" * 5000,
-    "../../x", "!!python/object:os.system", [], [[]], [None], {}, {"a": 1}, "2001-99-99", "\0", "é",
+    None, True, -1, 0, 2**31, 2**63, 10**30, 10**400, 1e308, float("nan"), float("inf"), "", "x",
+    "1" * 5000, "../../x", "!!python/object:os.system", [], [[]], [None], {}, {"a": 1},
+    "2001-99-99", "\0", "é",
 )  # fmt: skip
 
 
@@ -412,11 +413,33 @@ def reseal_tree(path: Path, draw: random.Random) -> None:
     path.write_text(json.dumps(spoil_values(json.loads(path.read_text()), draw)))
 
 
+LONG_NUMBERS = {
+    "hexadecimal": "0x" + "f" * 5000,
+    "decimal": "9" * 400,
+    "binary": "0b" + "1" * 20_000,
+    "in base 60": ":".join("1" * 120_000),
+    "a fraction in base 60": ":".join("1" * 120_000) + ".5",
+    "called one": f"!!int '{':'.join('1' * 120_000)}'",
+}
+
+
+@pytest.mark.parametrize("kind", LONG_NUMBERS)
+@pytest.mark.parametrize("place", ["lr: {}", "model: {}", "? {}\n: 1", "classes: [1, {}]"])
+def test_long_numbers_are_refused_at_once(tmp_path, kind, place):
+    (tmp_path / "preset.yaml").write_text(place.format(LONG_NUMBERS[kind]))
+    with within(2), pytest.raises(HarmonicaError, match="a number has more than 100 digits"):
+        read_preset(SampleConfig, tmp_path / "preset.yaml")
+
+
 def reseal_preset(path: Path, draw: random.Random) -> None:
     """A preset with another value, or one that a tag would have a command make."""
     content = read_yaml(path)
     if draw.random() < 0.5:
         path.write_text(json.dumps(spoil_values(content, draw)))
+        return
+    if draw.random() < 0.3:
+        key, value = draw.choice(list(content)), draw.choice(list(LONG_NUMBERS.values()))
+        path.write_text(f"{draw.choice((key, '? ' + value))}: {value}\n")
         return
     command = f"touch {path.parent / 'executed'}"
     tag = draw.choice(

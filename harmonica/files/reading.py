@@ -12,7 +12,7 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
@@ -26,6 +26,7 @@ from harmonica.files.npy import read_header
 JSON_BYTES = 64 << 20
 TEXT_BYTES = 64 << 20
 YAML_BYTES = 1 << 20
+LONGEST_NUMBER = 100  # characters in YAML
 
 
 def first_line(error: BaseException, length: int = 120) -> str:
@@ -77,11 +78,26 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path, JSON_BYTES), str(path))
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """No long numbers: they are more than a float holds or than Python shows, or take hours."""
+
+    def construct_number(self, node: yaml.Node) -> int | float:
+        if len(node.value) > LONGEST_NUMBER:
+            raise ValueError(f"a number has more than {LONGEST_NUMBER} digits")
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+
+    yaml_constructors: ClassVar = {
+        **yaml.SafeLoader.yaml_constructors,
+        "tag:yaml.org,2002:int": construct_number,
+        "tag:yaml.org,2002:float": construct_number,
+    }
+
+
 def read_yaml(path: Path) -> Any:
     """Plain values, lists and mappings; no tag makes anything else."""
     text = read_text(path, YAML_BYTES)
     try:
-        return yaml.safe_load(text)
+        return _PlainLoader(text).get_single_data()
     except Exception as error:  # dates and numbers that are none raise whatever their classes do
         raise HarmonicaError(
             f"{path} is not readable YAML ({first_line(error)}); check the file"
