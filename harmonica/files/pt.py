@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from harmonica.errors import HarmonicaError
+from harmonica.files.plain import plain
 from harmonica.files.reading import first_line
 
-# How much may come out for a byte on disk: tensors may share numbers, and things their names.
-MOST_PER_BYTE = 4
 # What files of weights are made of. PyTorch lets more pass, such as bytearray, which takes a size.
 _MADE_OF = {
     "_codecs encode", "argparse Namespace", "builtins set", "__builtin__ set",
@@ -43,7 +41,7 @@ def read_torch(source: Path | IO[bytes], name: str | None = None) -> Any:
             file.seek(0)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            return _Unpacking(MOST_PER_BYTE * size).plain(content)
+            return plain(content, size)
     except Exception as error:
         raise HarmonicaError(
             f"{name or source} is not a weights-only PyTorch file and was not loaded "
@@ -93,39 +91,3 @@ def _check_pickle(file: IO[bytes]) -> None:
             is_kind = isinstance(getattr(torch, name, None), torch.dtype)
             if module != "torch" or not (is_kind or name.endswith("Storage")):
                 raise ValueError(f"{module}.{name} is no part of weights")
-
-
-class _Unpacking:
-    """Copies of what was loaded, of plain types; ``room`` is how many bytes they may take."""
-
-    def __init__(self, room: int):
-        self._room = room
-
-    def _take(self, amount: int) -> None:
-        self._room -= amount
-        if self._room < 0:
-            raise ValueError("more comes out of it than it holds")
-
-    def plain(self, value: Any) -> Any:
-        """The copy: neither subclasses nor attributes, and whatever was shared is counted again."""
-        self._take(1)
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, str | bytes):
-            self._take(len(value))
-        elif isinstance(value, dict):  # whose own methods may be hidden by attributes
-            return {self.plain(key): self.plain(item) for key, item in dict.items(value)}
-        elif isinstance(value, list):
-            return [self.plain(item) for item in value]
-        elif type(value) is tuple:
-            return tuple(self.plain(item) for item in value)
-        elif isinstance(value, argparse.Namespace):
-            return argparse.Namespace(**self.plain(vars(value)))
-        return value
-
-    def _tensor(self, value: Tensor) -> Tensor:
-        is_plain = value.layout == torch.strided and value.device.type == "cpu"
-        if type(value) not in (Tensor, torch.nn.Parameter) or not is_plain:
-            raise ValueError("it holds tensors without numbers of their own")
-        self._take(Tensor.numel(value) * Tensor.element_size(value))
-        return Tensor.detach(value)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from harmonica.errors import HarmonicaError
 from harmonica.files.npy import read_header
+from harmonica.files.plain import plain
 
 JSON_BYTES = 64 << 20
 TEXT_BYTES = 64 << 20
@@ -97,7 +98,7 @@ def read_yaml(path: Path) -> Any:
     """Plain values, lists and mappings; no tag makes anything else."""
     text = read_text(path, YAML_BYTES)
     try:
-        return _PlainLoader(text).get_single_data()
+        return plain(_PlainLoader(text).get_single_data(), len(text))
     except Exception as error:  # dates and numbers that are none raise whatever their classes do
         raise HarmonicaError(
             f"{path} is not readable YAML ({first_line(error)}); check the file"
