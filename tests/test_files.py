@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,6 +58,7 @@ from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide
 from harmonica.training.checkpoint import unpack
 from harmonica.training.config import TrainConfig
+from harmonica.training.trainer import Trainer
 from harmonica.weights import load_weights
 from models.dit import DiT
 
@@ -157,9 +159,22 @@ def _npy(path: Path) -> None:
         np.save(file, np.zeros((3, 8, 8, 3), np.uint8))
 
 
-def _checkpoint(path: Path) -> None:
-    state = {"format": 1, "learner": {"router": {"rows.0": torch.zeros(3)}, "updates": 4}}
-    torch.save(state, path)
+@functools.cache
+def trainer_of(objective: str) -> Trainer:
+    """Of a run that has learned a little; no file is written before it runs."""
+    ways = {"trajectory": {"predictor": "learned", "held_out_batch_size": 2, "held_out_every": 1}}
+    config = TrainConfig(
+        objective=objective, num_sampling_steps=3, global_batch_size=2, cfg_scale=1.0, lambda_c=4,
+        **ways.get(objective, {}),
+    )  # fmt: skip
+    trainer = Trainer(config)
+    trainer.learner.sweep()
+    return trainer
+
+
+@functools.cache
+def checkpoint_of(objective: str) -> bytes:
+    return saved(trainer_of(objective)._state())
 
 
 def _picture(path: Path) -> None:
@@ -250,8 +265,11 @@ def use_npy(path: Path) -> None:
     read_array(path)
 
 
-def use_checkpoint(path: Path) -> None:
-    unpack(path.read_bytes())
+def use_checkpoint(path: Path, objective: str) -> None:
+    """What loads can be learned from."""
+    trainer = trainer_of(objective)
+    trainer._load_state(unpack(path.read_bytes()))
+    trainer.learner.sweep(1)
 
 
 def use_picture(path: Path) -> None:
@@ -299,7 +317,14 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "statistics.npz": (_statistics, use_statistics),
     "images.npz": (_images, use_images),
     "images.npy": (_npy, use_npy),
-    "checkpoint.pt": (_checkpoint, use_checkpoint),
+    "checkpoint.pt": (
+        lambda path: path.write_bytes(checkpoint_of("sdt")),
+        functools.partial(use_checkpoint, objective="sdt"),
+    ),
+    "trajectory.pt": (
+        lambda path: path.write_bytes(checkpoint_of("trajectory")),
+        functools.partial(use_checkpoint, objective="trajectory"),
+    ),
     "picture.png": (_picture, use_picture),
     "weights.pt": (lambda path: torch.save({"ema": tiny("dit").state_dict()}, path), use_weights),
     "diffusers.safetensors": (_diffusers, use_weights),
@@ -345,19 +370,19 @@ VALUES = (
 )  # fmt: skip
 
 
-def spoil_values(value, draw: random.Random):
-    """One value somewhere in a tree becomes another, goes, or is doubled."""
+def spoil_values(value, draw: random.Random, others: Sequence = VALUES):
+    """One value somewhere in a tree becomes one of the others, goes, or is doubled."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         changed, key = dict(value), draw.choice(list(value))
         match draw.randrange(4):
             case 0:
                 del changed[key]
             case 1:
-                changed[draw.choice(("x", "format", "compute"))] = draw.choice(VALUES)
+                changed[draw.choice(("x", "format", "compute"))] = draw.choice(others)
             case _:
-                changed[key] = spoil_values(changed[key], draw)
+                changed[key] = spoil_values(changed[key], draw, others)
         return changed
-    if isinstance(value, list) and value and draw.random() < 0.9:
+    if isinstance(value, list | tuple) and value and draw.random() < 0.9:
         changed, place = list(value), draw.randrange(len(value))
         match draw.randrange(4):
             case 0:
@@ -365,9 +390,9 @@ def spoil_values(value, draw: random.Random):
             case 1:
                 changed.append(changed[place])
             case _:
-                changed[place] = spoil_values(changed[place], draw)
+                changed[place] = spoil_values(changed[place], draw, others)
         return changed
-    return draw.choice(VALUES)
+    return draw.choice(others)
 
 
 def reseal_router(path: Path, draw: random.Random) -> None:
@@ -618,6 +643,86 @@ def reseal_pickle(path: Path, draw: random.Random) -> None:
             path.write_bytes(draw.choice(list(OVERSIZED.values()))[0])
 
 
+TENSORS = (
+    torch.zeros(0), torch.zeros(()), torch.zeros(3), torch.zeros(2, 3), torch.ones(3, 24),
+    -torch.ones(24), torch.zeros(1).expand(24), torch.zeros(1).expand(3, 24),
+    torch.zeros(1).expand(10**13), torch.full((24,), torch.nan), torch.full((3,), torch.inf),
+    torch.ones(24, dtype=torch.int64), torch.ones(24, dtype=torch.bfloat16),
+    torch.ones(24, dtype=torch.complex64), torch.zeros(24).to_sparse(),
+    torch.zeros(24, device="meta"),
+)  # fmt: skip
+
+
+def put(state: dict, place: str, value) -> dict:
+    """The state with something else in a place, by its keys."""
+    part, (*way, last) = state, place.split()
+    for key in way:
+        part = part[int(key) if key.isdecimal() else key]
+    part[last] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    "objective, place, value, reason",
+    [
+        ("sdt", "format", torch.zeros(2), "ambiguous"),
+        ("sdt", "weights_hash", ["x"] * 1000, "trained on weights"),
+        ("sdt", "hashes", [], "has no attribute"),
+        ("sdt", "learner", {}, "router"),
+        ("sdt", "learner router", {"rows.0": torch.zeros(24)}, "missing or unknown"),
+        ("sdt", "learner router rows.1", torch.full((24,), torch.nan), "not finite"),
+        ("sdt", "learner weights", torch.zeros(2), r"not of shape \(3,\)"),
+        ("sdt", "learner updates", -2, "a count in it is none"),
+        ("sdt", "learner beta", 10**400, "too large"),
+        ("sdt", "learner refreshes", [(0, [1.0])], "does not hold 3 numbers"),
+        ("sdt", "learner optimizer state 0 exp_avg", torch.zeros(3), r"not of shape \(24,\)"),
+        ("sdt", "learner optimizer state 0 exp_avg_sq", -torch.ones(24), "no state that training"),
+        ("sdt", "learner optimizer param_groups", [], "other parameters"),
+        ("sdt", "learner values base", {"name": "taylorseer", "order": 1}, "puts taylorseer1"),
+        ("sdt", "effort", {"evaluations": "x"}, "a count in it is none"),
+        ("trajectory", "learner history", [], "ever tried"),
+        ("trajectory", "learner best_logits", torch.zeros(2, 24), r"not of shape \(3, 24\)"),
+        ("trajectory", "learner best_coefficients", [], "has no attribute"),
+        ("trajectory", "learner best", Schedule.full(3, COSTS).to_dict(), "of another model"),
+        ("trajectory", "learner values coefficients level.0", torch.zeros(24, 9), "not of shape"),
+    ],
+)
+def test_a_checkpoint_is_what_the_run_put_there(objective, place, value, reason):
+    trainer, state = trainer_of(objective), unpack(checkpoint_of(objective))
+    trainer._load_state(state)
+    with pytest.raises(HarmonicaError, match=reason) as refusal:
+        trainer._load_state(put(unpack(checkpoint_of(objective)), place, value))
+    assert len(str(refusal.value)) < 300
+
+
+def test_the_scale_of_half_precision_is_a_number(monkeypatch):
+    trainer, scaler = trainer_of("sdt"), torch.amp.GradScaler("cpu", init_scale=4.0)
+    monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
+    state = unpack(checkpoint_of("sdt")) | {"scaler": scaler.state_dict() | {"scale": 2.0}}
+    trainer._load_state(state)
+    assert scaler.get_scale() == 2
+    with pytest.raises(HarmonicaError, match="a number in it is none"):
+        trainer._load_state(put(state, "scaler scale", "x"))
+
+
+def test_a_checkpoint_holds_more_than_its_format():
+    with pytest.raises(HarmonicaError, match="does not fit this version"):
+        trainer_of("sdt")._load_state({"format": 1})
+
+
+def reseal_checkpoint(path: Path, draw: random.Random) -> None:
+    """A checkpoint that somebody changed who can compute a checksum."""
+    if draw.random() < 0.1:
+        reseal_pickle(path, draw)
+        return
+    state, others = read_torch(path), VALUES + TENSORS
+    if draw.random() < 0.3:
+        state = spoil_values(state, draw, others)
+    else:
+        state["learner"] = spoil_values(state["learner"], draw, others)
+    torch.save(state, path)
+
+
 def reseal_tensors(path: Path, draw: random.Random) -> None:
     """A file of tensors, some of which are others."""
     if path.suffix == ".pt" and draw.random() < 0.3:
@@ -652,7 +757,8 @@ RESEAL = {
     "prompts.safetensors": reseal_tensors,
     "router.safetensors": reseal_router,
     "published.pt": reseal_pickle,
-    "checkpoint.pt": reseal_pickle,
+    "checkpoint.pt": reseal_checkpoint,
+    "trajectory.pt": reseal_checkpoint,
     "schedule.json": reseal_schedule,
     "statistics.npz": reseal_npz,
     "images.npz": reseal_npz,
