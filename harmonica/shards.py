@@ -100,6 +100,13 @@ class Origin:
         return None
 
 
+def _holds_images(array: np.ndarray, count: int) -> bool:
+    """Whether an array is (n, H, W, 3) uint8 with at least ``count`` images that have pixels."""
+    if array.dtype != np.uint8 or array.ndim != 4:
+        return False
+    return len(array) >= count and array.shape[3] == 3 and array.size > 0
+
+
 class ShardFolder:
     """The images of one origin under a folder; ``flag`` is the one that names it."""
 
@@ -194,7 +201,9 @@ class ShardFolder:
             return False
         if not thorough:
             return not pictures or self._pictures_record(shard).is_file()
-        if sha256(data) != manifest.get("sha256"):
+        try:
+            self.read(shard)
+        except DamagedShard:
             return False
         return not pictures or self._has_pictures(shard)
 
@@ -254,8 +263,9 @@ class ShardFolder:
         manifest = self._read_manifest(shard) or {}
         with contextlib.suppress(HarmonicaError):  # no whole file
             array, digest = read_array(self._data(shard))
-            if digest == manifest.get("sha256") and array.dtype == np.uint8 and array.ndim == 4:
-                return array[: len(shard.indices)]
+            count = len(shard.indices)
+            if digest == manifest.get("sha256") and _holds_images(array, count):
+                return array[:count]
         raise DamagedShard(f"{self._data(shard)} has changed; run the same command again")
 
     # PNG files.
