@@ -199,13 +199,16 @@ class ShardFolder:
         manifest, data = self._read_manifest(shard), self._data(shard)
         if manifest is None or not data.is_file():
             return False
+        digests = self._picture_digests(shard, manifest) if pictures else {}
+        if digests is None:
+            return False
         if not thorough:
-            return not pictures or self._pictures_record(shard).is_file()
+            return True
         try:
             self.read(shard)
         except DamagedShard:
             return False
-        return not pictures or self._has_pictures(shard)
+        return all(path.is_file() and sha256(path) == digest for path, digest in digests.items())
 
     @property
     def _claims(self) -> Path:
@@ -273,20 +276,22 @@ class ShardFolder:
     def _pictures_record(self, shard: Shard) -> Path:
         return self.root / SHARDS / f"{shard.start:06d}.png.json"
 
-    def _has_pictures(self, shard: Shard) -> bool:
+    def _picture_digests(self, shard: Shard, manifest: dict[str, Any]) -> dict[Path, str] | None:
+        """What the PNG files of a shard hash to; None unless they were made of what it is now."""
         try:
-            digests = read_json(self._pictures_record(shard))
+            record = read_json(self._pictures_record(shard))
         except HarmonicaError:
-            return False
+            return None
+        if not isinstance(record, dict) or record.get("shard") != manifest.get("sha256"):
+            return None
+        digests = record.get("pictures")
         if not isinstance(digests, list) or len(digests) < len(shard.indices):
-            return False
-        return all(
-            self.picture(index).is_file() and sha256(self.picture(index)) == digest
-            for index, digest in zip(shard.indices, digests, strict=False)
-        )
+            return None
+        return dict(zip(map(self.picture, shard.indices), digests, strict=False))
 
     def write_pictures(self, shard: Shard) -> None:
         """``images/000000.png`` ... of a shard that is done."""
+        made_of = (self._read_manifest(shard) or {}).get("sha256")
         digests = []
         own = {self.picture(index).name for index in shard.indices}
         for stale in (self.root / PICTURES).glob(".*.tmp"):
@@ -297,7 +302,8 @@ class ShardFolder:
             Image.fromarray(image).save(buffer, format="PNG")
             write_atomically(self.picture(index), buffer.getvalue())
             digests.append(hashlib.sha256(buffer.getvalue()).hexdigest())
-        write_atomically(self._pictures_record(shard), json.dumps(digests).encode())
+        record = {"shard": made_of, "pictures": digests}
+        write_atomically(self._pictures_record(shard), json.dumps(record).encode())
 
     # All together.
 

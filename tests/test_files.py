@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -68,6 +69,7 @@ INFO = RouterInfo(
     num_sampling_steps=4, timesteps=(9.0, 6.0, 3.0, 0.0), cfg_scale=1.5, guide_all_channels=False,
     threshold=0.1, weights_hash="0" * 16, hyperparameters={"lr": 0.1},
 )  # fmt: skip
+SHARD = np.zeros((3, 8, 8, 3), np.uint8)
 ORIGIN = Origin({"seed": 0}, "weights", None)
 # Calls that open or run something; each has one place.
 DOORS = {
@@ -186,8 +188,17 @@ def _manifest(path: Path) -> None:
 
 
 def _shard_manifest(path: Path) -> None:
-    record = {**ORIGIN.hashes, "start": 0, "stop": 3, "shape": [3, 8, 8, 3], "sha256": "0" * 64}
+    digest = hashlib.sha256(npy(SHARD)).hexdigest()
+    record = {**ORIGIN.hashes, "start": 0, "stop": 3, "shape": [3, 8, 8, 3], "sha256": digest}
     path.write_text(json.dumps(record))
+
+
+def _pictures_record(path: Path) -> None:
+    picture = io.BytesIO()
+    Image.fromarray(SHARD[0]).save(picture, format="PNG")
+    digests = [hashlib.sha256(picture.getvalue()).hexdigest()] * 3
+    shard = hashlib.sha256(npy(SHARD)).hexdigest()
+    path.write_text(json.dumps({"shard": shard, "pictures": digests}))
 
 
 def _diffusers(path: Path) -> None:
@@ -299,15 +310,18 @@ def use_manifest(path: Path) -> None:
     ShardFolder(folder, ORIGIN).make()
 
 
-def use_shard_manifest(path: Path) -> None:
-    folder = ShardFolder(path.parent / "shards", ORIGIN)
+def use_of_shard(path: Path, name: str) -> None:
+    """A whole shard, but for the file of this name; what is done can be read."""
+    folder = ShardFolder(path.parent / "folder", ORIGIN)
     folder.make()
     shard = divide(3, 3)[0]
-    folder.write(shard, np.zeros((3, 8, 8, 3), np.uint8))
-    (folder.root / "shards" / "000000.json").write_bytes(path.read_bytes())
-    for thorough in (False, True):
-        if folder.is_done(shard, pictures=True, thorough=thorough):
-            folder.read(shard)
+    folder.write(shard, SHARD)
+    folder.write_pictures(shard)
+    (folder.root / "shards" / name).write_bytes(path.read_bytes())
+    folder.is_done(shard, pictures=True, thorough=False)
+    if not folder.is_done(shard, pictures=True):
+        raise HarmonicaError("it is made again")
+    assert (folder.read(shard) == SHARD).all()
 
 
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
@@ -331,7 +345,8 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "prompts.safetensors": (_prompts, use_prompts),
     "preset.yaml": (lambda path: path.write_text(to_yaml(TrainConfig())), use_preset),
     "manifest.json": (_manifest, use_manifest),
-    "shard.json": (_shard_manifest, use_shard_manifest),
+    "shard.json": (_shard_manifest, functools.partial(use_of_shard, name="000000.json")),
+    "pictures.json": (_pictures_record, functools.partial(use_of_shard, name="000000.png.json")),
 }
 
 # How they are spoilt.
@@ -765,6 +780,7 @@ RESEAL = {
     "preset.yaml": reseal_preset,
     "manifest.json": reseal_tree,
     "shard.json": reseal_tree,
+    "pictures.json": reseal_tree,
 }
 
 

@@ -277,6 +277,18 @@ def folder(tmp_path) -> ShardFolder:
     return folder
 
 
+def test_pictures_are_those_of_the_shard(folder):
+    """Not of one that was there before."""
+    (shard,) = divide(3, 3)
+    folder.write(shard, np.ones((3, 4, 4, 3), np.uint8))
+    assert folder.is_done(shard, pictures=False)
+    assert not any(folder.is_done(shard, pictures=True, thorough=t) for t in (True, False))
+    folder.write_pictures(shard)
+    assert folder.is_done(shard, pictures=True)
+    with Image.open(folder.picture(2)) as picture:
+        assert (np.asarray(picture) == 1).all()
+
+
 @pytest.mark.parametrize(
     "shape", [(2, 4, 4, 3), (3, 4, 4, 5), (3, 4, 4, 1), (3, 0, 4, 3), (3, 4, 3), (0, 4, 4, 3), ()]
 )
