@@ -12,7 +12,7 @@ from torch import Tensor
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import first_line
-from harmonica.hub import part_folder
+from harmonica.hub import part_folder, whole
 from harmonica.weights import state_sha256
 from models import MODELS, PIXELS, LatentSpace
 
@@ -46,13 +46,16 @@ def load_autoencoder(config: BackboneConfig, device: torch.device) -> Any:
 
     source, subfolder, remedy = _source(config)
     try:
-        loaded = AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        loaded = AutoencoderKL.from_pretrained(
+            source, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+        )
+        autoencoder = whole(loaded).to(device).eval()
+    except Exception as error:  # what is wrong in a config fails wherever it is first used
         raise HarmonicaError(
             f"--vae {config.vae} cannot be loaded ({first_line(error)}); {remedy}"
         ) from None
-    _check_fit(loaded.config, config)
-    return loaded.to(device).eval()
+    _check_fit(autoencoder.config, config)
+    return autoencoder
 
 
 def _check_fit(found: Any, config: BackboneConfig) -> None:

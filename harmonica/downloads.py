@@ -64,7 +64,8 @@ def _download(url: str, partial: Path, name: str) -> str | None:
         headers["If-Range"] = known
     _refuse_open_line(url)
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        _refuse_open_line(response.url)
+        for hop in (*response.history, response):
+            _refuse_open_line(hop.url)
         if have and response.status_code == 416:  # nothing is left to fetch
             if response.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
                 return _announced_hash(response)

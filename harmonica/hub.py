@@ -2,6 +2,7 @@
 
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line, sha256
@@ -78,6 +79,23 @@ def part_folder(part: HubFolder) -> Path:
         return fetch_part(part)
     _verify(part, files)
     return path
+
+
+def whole(loaded: tuple[Any, dict[str, Any]], may_hold_more: bool = False) -> Any:
+    """A model that its files hold all of; the libraries make up what is missing, at random.
+
+    Args:
+        loaded: what ``from_pretrained`` gives with ``output_loading_info``.
+        may_hold_more: whether the files may be those of a larger model.
+
+    Raises:
+        ValueError: a tensor is missing, or belongs to something else.
+    """
+    model, info = loaded
+    for fault in ("missing",) if may_hold_more else ("missing", "unexpected"):
+        if names := sorted(info[f"{fault}_keys"]):
+            raise ValueError(f"{names[0]} is {fault}")
+    return model
 
 
 def state_of_part(part: HubFolder) -> str:

@@ -297,8 +297,8 @@ def load_schedule_file(path: Path, flag: str = "--path") -> tuple[Schedule, Rout
 
 
 def _is_row(value: Any) -> bool:
-    """Whether a value is a plain tensor of real numbers."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
+    """Whether a value is a tensor of real numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _load_published(path: Path) -> RouterFile:

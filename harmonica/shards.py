@@ -100,6 +100,13 @@ class Origin:
         return None
 
 
+def _holds_images(array: np.ndarray, count: int) -> bool:
+    """Whether an array is (n, H, W, 3) uint8 with at least ``count`` images that have pixels."""
+    if array.dtype != np.uint8 or array.ndim != 4:
+        return False
+    return len(array) >= count and array.shape[3] == 3 and array.size > 0
+
+
 class ShardFolder:
     """The images of one origin under a folder; ``flag`` is the one that names it."""
 
@@ -192,11 +199,16 @@ class ShardFolder:
         manifest, data = self._read_manifest(shard), self._data(shard)
         if manifest is None or not data.is_file():
             return False
-        if not thorough:
-            return not pictures or self._pictures_record(shard).is_file()
-        if sha256(data) != manifest.get("sha256"):
+        digests = self._picture_digests(shard, manifest) if pictures else {}
+        if digests is None:
             return False
-        return not pictures or self._has_pictures(shard)
+        if not thorough:
+            return True
+        try:
+            self.read(shard)
+        except DamagedShard:
+            return False
+        return all(path.is_file() and sha256(path) == digest for path, digest in digests.items())
 
     @property
     def _claims(self) -> Path:
@@ -254,8 +266,9 @@ class ShardFolder:
         manifest = self._read_manifest(shard) or {}
         with contextlib.suppress(HarmonicaError):  # no whole file
             array, digest = read_array(self._data(shard))
-            if digest == manifest.get("sha256") and array.dtype == np.uint8 and array.ndim == 4:
-                return array[: len(shard.indices)]
+            count = len(shard.indices)
+            if digest == manifest.get("sha256") and _holds_images(array, count):
+                return array[:count]
         raise DamagedShard(f"{self._data(shard)} has changed; run the same command again")
 
     # PNG files.
@@ -263,20 +276,22 @@ class ShardFolder:
     def _pictures_record(self, shard: Shard) -> Path:
         return self.root / SHARDS / f"{shard.start:06d}.png.json"
 
-    def _has_pictures(self, shard: Shard) -> bool:
+    def _picture_digests(self, shard: Shard, manifest: dict[str, Any]) -> dict[Path, str] | None:
+        """What the PNG files of a shard hash to; None unless they were made of what it is now."""
         try:
-            digests = read_json(self._pictures_record(shard))
+            record = read_json(self._pictures_record(shard))
         except HarmonicaError:
-            return False
+            return None
+        if not isinstance(record, dict) or record.get("shard") != manifest.get("sha256"):
+            return None
+        digests = record.get("pictures")
         if not isinstance(digests, list) or len(digests) < len(shard.indices):
-            return False
-        return all(
-            self.picture(index).is_file() and sha256(self.picture(index)) == digest
-            for index, digest in zip(shard.indices, digests, strict=False)
-        )
+            return None
+        return dict(zip(map(self.picture, shard.indices), digests, strict=False))
 
     def write_pictures(self, shard: Shard) -> None:
         """``images/000000.png`` ... of a shard that is done."""
+        made_of = (self._read_manifest(shard) or {}).get("sha256")
         digests = []
         own = {self.picture(index).name for index in shard.indices}
         for stale in (self.root / PICTURES).glob(".*.tmp"):
@@ -287,7 +302,8 @@ class ShardFolder:
             Image.fromarray(image).save(buffer, format="PNG")
             write_atomically(self.picture(index), buffer.getvalue())
             digests.append(hashlib.sha256(buffer.getvalue()).hexdigest())
-        write_atomically(self._pictures_record(shard), json.dumps(digests).encode())
+        record = {"shard": made_of, "pictures": digests}
+        write_atomically(self._pictures_record(shard), json.dumps(record).encode())
 
     # All together.
 

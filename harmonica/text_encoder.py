@@ -17,7 +17,7 @@ from tqdm import tqdm
 from harmonica import downloads
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
-from harmonica.hub import part_folder
+from harmonica.hub import part_folder, whole
 from harmonica.prompts import FORMAT, EncodedPrompts, load_prompts, save_prompts
 from models import T5, ModelSpec
 
@@ -68,8 +68,12 @@ class TextEncoder:
         load = partial(kind.from_pretrained, use_safetensors=True, trust_remote_code=False)
         for place in places:
             try:
-                return load(self._source, **place, **options)
-            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+                if subfolder == "tokenizer":
+                    return load(self._source, **place, **options)
+                # The files may be those of a whole T5, with its decoder.
+                loaded = load(self._source, **place, **options, output_loading_info=True)
+                return whole(loaded, may_hold_more=True)
+            except Exception as error:  # what is wrong in a config fails wherever it is first used
                 first = first or error
         remedy = "pass a T5 or a pipeline of the Hub, or the folder of a copy"
         if self.name == T5.repository:

@@ -104,8 +104,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 state = state[key]
                 break
     if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        for key, value in state.items()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise HarmonicaError(f"--ckpt {path} holds no state dict; pass a model checkpoint")
     return state

@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.drop_at: int | None = None
         self.announced: str | None = None
-        self.moved_to: str | None = None
+        self.moved: dict[str, str] = {}  # by path, what it redirects to
         self.content = CONTENT
         self.version: str | None = None  # its ETag
         self.knows_if_range = True
@@ -46,9 +46,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, wanted = self.server, self.headers.get("Range")
         server.ranges.append(wanted)
-        if server.moved_to and self.path != "/elsewhere":
+        if self.path in server.moved:
             self.send_response(302)
-            self.send_header("Location", server.moved_to)
+            self.send_header("Location", server.moved[self.path])
             self.end_headers()
             return
         if self.headers.get("If-Range", server.version) != server.version and server.knows_if_range:
@@ -168,14 +168,23 @@ def test_a_whole_partial_file_is_taken(server, tmp_path):
 
 
 def test_only_https_is_answered(server, tmp_path):
-    """Neither at first nor where a server sends us on to."""
+    """Neither at first, nor where a server sends us on to, nor on the way there."""
     with pytest.raises(HarmonicaError, match="InvalidSchema"):
         fetch(source("http://example.org/weights.pt"), tmp_path)
-    server.moved_to = f"http://127.1:{server.server_port}/elsewhere"
-    with pytest.raises(HarmonicaError, match="InvalidSchema"):
-        fetch(source(server.url), tmp_path)
-    assert len(server.ranges) == 2  # it would have answered there
+    here, elsewhere = (f"http://{at}:{server.server_port}" for at in ("127.0.0.1", "127.1"))
+    ways = (
+        {"/weights.pt": f"{elsewhere}/last"},
+        {"/weights.pt": f"{elsewhere}/between", "/between": f"{here}/last"},
+    )
+    for way in ways:
+        server.moved = way
+        server.ranges.clear()
+        with pytest.raises(HarmonicaError, match="InvalidSchema"):
+            fetch(source(server.url), tmp_path)
+        assert len(server.ranges) == len(way) + 1  # it would have answered there
     assert left_behind(tmp_path) == []
+    server.moved = {"/weights.pt": f"{here}/last"}
+    assert fetch(source(server.url), tmp_path).read_bytes() == CONTENT
 
 
 def test_an_error_page_is_not_a_checkpoint(server, tmp_path):

@@ -1,18 +1,22 @@
 """Files from anybody: a correct load or one sentence; and that nothing goes past the one door."""
 
+import argparse
 import ast
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import os
 import pickle
 import random
+import re
 import signal
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,6 +59,7 @@ from harmonica.schedule import Schedule
 from harmonica.shards import Origin, ShardFolder, divide
 from harmonica.training.checkpoint import unpack
 from harmonica.training.config import TrainConfig
+from harmonica.training.trainer import Trainer
 from harmonica.weights import load_weights
 from models.dit import DiT
 
@@ -64,6 +69,7 @@ INFO = RouterInfo(
     num_sampling_steps=4, timesteps=(9.0, 6.0, 3.0, 0.0), cfg_scale=1.5, guide_all_channels=False,
     threshold=0.1, weights_hash="0" * 16, hyperparameters={"lr": 0.1},
 )  # fmt: skip
+SHARD = np.zeros((3, 8, 8, 3), np.uint8)
 ORIGIN = Origin({"seed": 0}, "weights", None)
 # Calls that open or run something; each has one place.
 DOORS = {
@@ -128,8 +134,6 @@ def _router(path: Path) -> None:
 
 
 def _published(path: Path) -> None:
-    import argparse
-
     torch.save(
         {
             "routers": {f"{i}.prob": torch.randn(1, 3) for i in range(4)},
@@ -157,9 +161,22 @@ def _npy(path: Path) -> None:
         np.save(file, np.zeros((3, 8, 8, 3), np.uint8))
 
 
-def _checkpoint(path: Path) -> None:
-    state = {"format": 1, "learner": {"router": {"rows.0": torch.zeros(3)}, "updates": 4}}
-    torch.save(state, path)
+@functools.cache
+def trainer_of(objective: str) -> Trainer:
+    """Of a run that has learned a little; no file is written before it runs."""
+    ways = {"trajectory": {"predictor": "learned", "held_out_batch_size": 2, "held_out_every": 1}}
+    config = TrainConfig(
+        objective=objective, num_sampling_steps=3, global_batch_size=2, cfg_scale=1.0, lambda_c=4,
+        **ways.get(objective, {}),
+    )  # fmt: skip
+    trainer = Trainer(config)
+    trainer.learner.sweep()
+    return trainer
+
+
+@functools.cache
+def checkpoint_of(objective: str) -> bytes:
+    return saved(trainer_of(objective)._state())
 
 
 def _picture(path: Path) -> None:
@@ -171,14 +188,21 @@ def _manifest(path: Path) -> None:
 
 
 def _shard_manifest(path: Path) -> None:
-    record = {**ORIGIN.hashes, "start": 0, "stop": 3, "shape": [3, 8, 8, 3], "sha256": "0" * 64}
+    digest = hashlib.sha256(npy(SHARD)).hexdigest()
+    record = {**ORIGIN.hashes, "start": 0, "stop": 3, "shape": [3, 8, 8, 3], "sha256": digest}
     path.write_text(json.dumps(record))
+
+
+def _pictures_record(path: Path) -> None:
+    picture = io.BytesIO()
+    Image.fromarray(SHARD[0]).save(picture, format="PNG")
+    digests = [hashlib.sha256(picture.getvalue()).hexdigest()] * 3
+    shard = hashlib.sha256(npy(SHARD)).hexdigest()
+    path.write_text(json.dumps({"shard": shard, "pictures": digests}))
 
 
 def _diffusers(path: Path) -> None:
     """The tiny DiT under diffusers' names."""
-    import re
-
     state, renamed = tiny("dit").state_dict(), {}
     del state["pos_embed"]
     names = (
@@ -252,8 +276,11 @@ def use_npy(path: Path) -> None:
     read_array(path)
 
 
-def use_checkpoint(path: Path) -> None:
-    unpack(path.read_bytes())
+def use_checkpoint(path: Path, objective: str) -> None:
+    """What loads can be learned from."""
+    trainer = trainer_of(objective)
+    trainer._load_state(unpack(path.read_bytes()))
+    trainer.learner.sweep(1)
 
 
 def use_picture(path: Path) -> None:
@@ -283,15 +310,18 @@ def use_manifest(path: Path) -> None:
     ShardFolder(folder, ORIGIN).make()
 
 
-def use_shard_manifest(path: Path) -> None:
-    folder = ShardFolder(path.parent / "shards", ORIGIN)
+def use_of_shard(path: Path, name: str) -> None:
+    """A whole shard, but for the file of this name; what is done can be read."""
+    folder = ShardFolder(path.parent / "folder", ORIGIN)
     folder.make()
     shard = divide(3, 3)[0]
-    folder.write(shard, np.zeros((3, 8, 8, 3), np.uint8))
-    (folder.root / "shards" / "000000.json").write_bytes(path.read_bytes())
-    for thorough in (False, True):
-        if folder.is_done(shard, pictures=True, thorough=thorough):
-            folder.read(shard)
+    folder.write(shard, SHARD)
+    folder.write_pictures(shard)
+    (folder.root / "shards" / name).write_bytes(path.read_bytes())
+    folder.is_done(shard, pictures=True, thorough=False)
+    if not folder.is_done(shard, pictures=True):
+        raise HarmonicaError("it is made again")
+    assert (folder.read(shard) == SHARD).all()
 
 
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
@@ -301,14 +331,22 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "statistics.npz": (_statistics, use_statistics),
     "images.npz": (_images, use_images),
     "images.npy": (_npy, use_npy),
-    "checkpoint.pt": (_checkpoint, use_checkpoint),
+    "checkpoint.pt": (
+        lambda path: path.write_bytes(checkpoint_of("sdt")),
+        functools.partial(use_checkpoint, objective="sdt"),
+    ),
+    "trajectory.pt": (
+        lambda path: path.write_bytes(checkpoint_of("trajectory")),
+        functools.partial(use_checkpoint, objective="trajectory"),
+    ),
     "picture.png": (_picture, use_picture),
     "weights.pt": (lambda path: torch.save({"ema": tiny("dit").state_dict()}, path), use_weights),
     "diffusers.safetensors": (_diffusers, use_weights),
     "prompts.safetensors": (_prompts, use_prompts),
     "preset.yaml": (lambda path: path.write_text(to_yaml(TrainConfig())), use_preset),
     "manifest.json": (_manifest, use_manifest),
-    "shard.json": (_shard_manifest, use_shard_manifest),
+    "shard.json": (_shard_manifest, functools.partial(use_of_shard, name="000000.json")),
+    "pictures.json": (_pictures_record, functools.partial(use_of_shard, name="000000.png.json")),
 }
 
 # How they are spoilt.
@@ -341,24 +379,25 @@ def spoil_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 VALUES = (
-    None, True, -1, 0, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "1" * 5000,
-    "../../x", "!!python/object:os.system", [], [[]], [None], {}, {"a": 1}, "2001-99-99", "\0", "é",
+    None, True, -1, 0, 2**31, 2**63, 10**30, 10**400, 1e308, float("nan"), float("inf"), "", "x",
+    "1" * 5000, "../../x", "!!python/object:os.system", [], [[]], [None], {}, {"a": 1},
+    "2001-99-99", "\0", "é",
 )  # fmt: skip
 
 
-def spoil_values(value, draw: random.Random):
-    """One value somewhere in a tree becomes another, goes, or is doubled."""
+def spoil_values(value, draw: random.Random, others: Sequence = VALUES):
+    """One value somewhere in a tree becomes one of the others, goes, or is doubled."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         changed, key = dict(value), draw.choice(list(value))
         match draw.randrange(4):
             case 0:
                 del changed[key]
             case 1:
-                changed[draw.choice(("x", "format", "compute"))] = draw.choice(VALUES)
+                changed[draw.choice(("x", "format", "compute"))] = draw.choice(others)
             case _:
-                changed[key] = spoil_values(changed[key], draw)
+                changed[key] = spoil_values(changed[key], draw, others)
         return changed
-    if isinstance(value, list) and value and draw.random() < 0.9:
+    if isinstance(value, list | tuple) and value and draw.random() < 0.9:
         changed, place = list(value), draw.randrange(len(value))
         match draw.randrange(4):
             case 0:
@@ -366,9 +405,9 @@ def spoil_values(value, draw: random.Random):
             case 1:
                 changed.append(changed[place])
             case _:
-                changed[place] = spoil_values(changed[place], draw)
+                changed[place] = spoil_values(changed[place], draw, others)
         return changed
-    return draw.choice(VALUES)
+    return draw.choice(others)
 
 
 def reseal_router(path: Path, draw: random.Random) -> None:
@@ -414,11 +453,33 @@ def reseal_tree(path: Path, draw: random.Random) -> None:
     path.write_text(json.dumps(spoil_values(json.loads(path.read_text()), draw)))
 
 
+LONG_NUMBERS = {
+    "hexadecimal": "0x" + "f" * 5000,
+    "decimal": "9" * 400,
+    "binary": "0b" + "1" * 20_000,
+    "in base 60": ":".join("1" * 120_000),
+    "a fraction in base 60": ":".join("1" * 120_000) + ".5",
+    "called one": f"!!int '{':'.join('1' * 120_000)}'",
+}
+
+
+@pytest.mark.parametrize("kind", LONG_NUMBERS)
+@pytest.mark.parametrize("place", ["lr: {}", "model: {}", "? {}\n: 1", "classes: [1, {}]"])
+def test_long_numbers_are_refused_at_once(tmp_path, kind, place):
+    (tmp_path / "preset.yaml").write_text(place.format(LONG_NUMBERS[kind]))
+    with within(2), pytest.raises(HarmonicaError, match="a number has more than 100 digits"):
+        read_preset(SampleConfig, tmp_path / "preset.yaml")
+
+
 def reseal_preset(path: Path, draw: random.Random) -> None:
     """A preset with another value, or one that a tag would have a command make."""
     content = read_yaml(path)
     if draw.random() < 0.5:
         path.write_text(json.dumps(spoil_values(content, draw)))
+        return
+    if draw.random() < 0.3:
+        key, value = draw.choice(list(content)), draw.choice(list(LONG_NUMBERS.values()))
+        path.write_text(f"{draw.choice((key, '? ' + value))}: {value}\n")
         return
     command = f"touch {path.parent / 'executed'}"
     tag = draw.choice(
@@ -478,10 +539,108 @@ class Malicious:
         return os.system, (self.command,)
 
 
+def saved(content, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def rezipped(content: bytes, compression: int = zipfile.ZIP_DEFLATED, **members: bytes) -> bytes:
+    """A zip file again, with other content in some of its members, by the ends of their names."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as earlier,
+        zipfile.ZipFile(buffer, "w", compression) as archive,
+    ):
+        for entry in earlier.infolist():
+            stem = entry.filename.rpartition("/")[2].partition(".")[0]
+            archive.writestr(entry.filename, members.get(stem, earlier.read(entry)))
+    return buffer.getvalue()
+
+
+def two_faced(content: bytes) -> bytes:
+    """A zip file with a second directory, of empty files, where Python looks for the first."""
+    end, start = content[-22:], int.from_bytes(content[-6:-2], "little")
+    other = bytearray(content[start:-22].replace(b".pkl", b".txt"))
+    for found in re.finditer(b"PK\1\2", other):
+        other[found.start() + 24 : found.start() + 28] = bytes(4)
+    return content[:-22] + other + end
+
+
+def pickled(program: bytes) -> bytes:
+    """A file of PyTorch whose pickle is this program."""
+    return rezipped(saved({}), zipfile.ZIP_STORED, data=b"\x80\x02" + program + b".")
+
+
+def laughs(depth: int) -> list:
+    """A list that is short as references and endless without them."""
+    found = ["x"]
+    for _ in range(depth):
+        found = [found] * 9
+    return found
+
+
+ROW = torch.zeros(1 << 20)
+# What would take much more memory than it takes on disk, or has no numbers at all.
+OVERSIZED = {
+    "expanded": (saved({"0.prob": torch.zeros(1).expand(1, 10**13)}), "more comes out"),
+    "referred to": (saved({f"{i}.prob": ROW for i in range(200)}), "more comes out"),
+    "endless": (saved({"versions": laughs(40)}), "more comes out"),
+    "circular": (saved({"a": (circle := [])} | {"b": circle.append(circle)}), "recursion"),
+    "deflated": (rezipped(saved({"0.prob": ROW})), "compressed"),
+    "two-faced": (two_faced(rezipped(saved({"0.prob": ROW}))), "directory is not where"),
+    "constructed": (pickled(b"c__builtin__\nbytearray\n(J\0\0\0\x10tR"), "no part of weights"),
+    "built of lists": (pickled(b"ctorch\nFloatTensor\n(]tR"), "no part of weights"),
+    "without numbers": (saved({"0.prob": torch.zeros(3, device="meta")}), "no part of weights"),
+    "sparse": (saved({"0.prob": torch.zeros(3).to_sparse()}), "no part of weights"),
+}
+
+
+@pytest.mark.parametrize("name", OVERSIZED)
+def test_a_pt_file_gives_no_more_than_it_holds(tmp_path, name):
+    path, (content, reason) = tmp_path / "router.pt", OVERSIZED[name]
+    path.write_bytes(content)
+    with within(20), pytest.raises(HarmonicaError, match=f"was not loaded .*{reason}"):
+        load_router(path)
+
+
+def test_a_pt_file_has_no_say_in_what_methods_do(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickled(b"ccollections\nOrderedDict\n)R}X\5\0\0\0itemsK\3sb"))
+    with pytest.raises(HarmonicaError, match="is missing"):
+        load_weights(DiT(DIT), path, "DiT")
+
+
+def test_what_pytorch_saves_is_read_as_it_was(tmp_path):
+    """In both formats, and of training by others."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    rates = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+    state = {
+        "model": model.state_dict(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "opt": optimizer.state_dict(),
+        "rates": rates.state_dict(),
+        "args": argparse.Namespace(lr=0.1, names=["a", "b"]),
+        "size": (torch.Size((1, 2)), None, True, b"x"),
+    }
+    for zipped in (True, False):
+        (tmp_path / "state.pt").write_bytes(saved(state, _use_new_zipfile_serialization=zipped))
+        found = read_torch(tmp_path / "state.pt")
+        assert repr(found["model"]) == repr(dict(state["model"]))
+        assert repr(found["opt"]) == repr(state["opt"])
+        assert found["rates"] == state["rates"] and found["args"] == state["args"]
+        assert torch.equal(found["half"], state["half"]) and found["size"] == state["size"]
+        assert type(found["parameter"]) is torch.Tensor and type(found["model"]) is dict
+
+
 def reseal_pickle(path: Path, draw: random.Random) -> None:
-    """A file that would run a command, in every wrapping that PyTorch knows."""
+    """A file that would run a command, or grow, in every wrapping that PyTorch knows."""
     bomb = Malicious(f"touch {path.parent / 'executed'}")
-    match draw.randrange(4):
+    match draw.randrange(5):
         case 0:
             path.write_bytes(pickle.dumps(bomb, protocol=draw.randrange(2, 6)))
         case 1:
@@ -495,6 +654,88 @@ def reseal_pickle(path: Path, draw: random.Random) -> None:
                  {"0.prob": torch.tensor(3.0)}, {"routers": {}}, {"routers": [torch.zeros(3)]})
             )  # fmt: skip
             torch.save(state, path)
+        case 4:
+            path.write_bytes(draw.choice(list(OVERSIZED.values()))[0])
+
+
+TENSORS = (
+    torch.zeros(0), torch.zeros(()), torch.zeros(3), torch.zeros(2, 3), torch.ones(3, 24),
+    -torch.ones(24), torch.zeros(1).expand(24), torch.zeros(1).expand(3, 24),
+    torch.zeros(1).expand(10**13), torch.full((24,), torch.nan), torch.full((3,), torch.inf),
+    torch.ones(24, dtype=torch.int64), torch.ones(24, dtype=torch.bfloat16),
+    torch.ones(24, dtype=torch.complex64), torch.zeros(24).to_sparse(),
+    torch.zeros(24, device="meta"),
+)  # fmt: skip
+
+
+def put(state: dict, place: str, value) -> dict:
+    """The state with something else in a place, by its keys."""
+    part, (*way, last) = state, place.split()
+    for key in way:
+        part = part[int(key) if key.isdecimal() else key]
+    part[last] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    "objective, place, value, reason",
+    [
+        ("sdt", "format", torch.zeros(2), "ambiguous"),
+        ("sdt", "weights_hash", ["x"] * 1000, "trained on weights"),
+        ("sdt", "hashes", [], "has no attribute"),
+        ("sdt", "learner", {}, "router"),
+        ("sdt", "learner router", {"rows.0": torch.zeros(24)}, "missing or unknown"),
+        ("sdt", "learner router rows.1", torch.full((24,), torch.nan), "not finite"),
+        ("sdt", "learner weights", torch.zeros(2), r"not of shape \(3,\)"),
+        ("sdt", "learner updates", -2, "a count in it is none"),
+        ("sdt", "learner beta", 10**400, "too large"),
+        ("sdt", "learner refreshes", [(0, [1.0])], "does not hold 3 numbers"),
+        ("sdt", "learner optimizer state 0 exp_avg", torch.zeros(3), r"not of shape \(24,\)"),
+        ("sdt", "learner optimizer state 0 exp_avg_sq", -torch.ones(24), "no state that training"),
+        ("sdt", "learner optimizer param_groups", [], "other parameters"),
+        ("sdt", "learner values base", {"name": "taylorseer", "order": 1}, "puts taylorseer1"),
+        ("sdt", "effort", {"evaluations": "x"}, "a count in it is none"),
+        ("trajectory", "learner history", [], "ever tried"),
+        ("trajectory", "learner best_logits", torch.zeros(2, 24), r"not of shape \(3, 24\)"),
+        ("trajectory", "learner best_coefficients", [], "has no attribute"),
+        ("trajectory", "learner best", Schedule.full(3, COSTS).to_dict(), "of another model"),
+        ("trajectory", "learner values coefficients level.0", torch.zeros(24, 9), "not of shape"),
+    ],
+)
+def test_a_checkpoint_is_what_the_run_put_there(objective, place, value, reason):
+    trainer, state = trainer_of(objective), unpack(checkpoint_of(objective))
+    trainer._load_state(state)
+    with pytest.raises(HarmonicaError, match=reason) as refusal:
+        trainer._load_state(put(unpack(checkpoint_of(objective)), place, value))
+    assert len(str(refusal.value)) < 300
+
+
+def test_the_scale_of_half_precision_is_a_number(monkeypatch):
+    trainer, scaler = trainer_of("sdt"), torch.amp.GradScaler("cpu", init_scale=4.0)
+    monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
+    state = unpack(checkpoint_of("sdt")) | {"scaler": scaler.state_dict() | {"scale": 2.0}}
+    trainer._load_state(state)
+    assert scaler.get_scale() == 2
+    with pytest.raises(HarmonicaError, match="a number in it is none"):
+        trainer._load_state(put(state, "scaler scale", "x"))
+
+
+def test_a_checkpoint_holds_more_than_its_format():
+    with pytest.raises(HarmonicaError, match="does not fit this version"):
+        trainer_of("sdt")._load_state({"format": 1})
+
+
+def reseal_checkpoint(path: Path, draw: random.Random) -> None:
+    """A checkpoint that somebody changed who can compute a checksum."""
+    if draw.random() < 0.1:
+        reseal_pickle(path, draw)
+        return
+    state, others = read_torch(path), VALUES + TENSORS
+    if draw.random() < 0.3:
+        state = spoil_values(state, draw, others)
+    else:
+        state["learner"] = spoil_values(state["learner"], draw, others)
+    torch.save(state, path)
 
 
 def reseal_tensors(path: Path, draw: random.Random) -> None:
@@ -531,13 +772,15 @@ RESEAL = {
     "prompts.safetensors": reseal_tensors,
     "router.safetensors": reseal_router,
     "published.pt": reseal_pickle,
-    "checkpoint.pt": reseal_pickle,
+    "checkpoint.pt": reseal_checkpoint,
+    "trajectory.pt": reseal_checkpoint,
     "schedule.json": reseal_schedule,
     "statistics.npz": reseal_npz,
     "images.npz": reseal_npz,
     "preset.yaml": reseal_preset,
     "manifest.json": reseal_tree,
     "shard.json": reseal_tree,
+    "pictures.json": reseal_tree,
 }
 
 
@@ -632,10 +875,15 @@ def test_bombs_are_refused_without_being_unpacked(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
     laughs.write_text("\n".join([*lines, "lr: *a29"]))
-    with pytest.raises(HarmonicaError) as refusal:
-        read_preset(TrainConfig, laughs)
-    assert len(str(refusal.value)) < 500
-    laughs.write_text("\n".join([line.replace("a0:", "lr:") for line in lines[:1]]))
+    with pytest.raises(HarmonicaError, match="more comes out of it than it holds"):
+        read_yaml(laughs)
+    laughs.write_text("lr: &a [*a]")
+    with pytest.raises(HarmonicaError, match="more comes out of it than it holds"):
+        read_yaml(laughs)
+    laughs.write_text("lr: &a 1\nbeta: [*a, *a]")
+    assert read_yaml(laughs) == {"lr": 1, "beta": [1, 1]}
+    laughs.write_text("")
+    assert read_yaml(laughs) is None
     large = tmp_path / "large.yaml"
     large.write_bytes(b"# " + b"x" * (2 << 20))
     with pytest.raises(HarmonicaError, match="larger than 1 MB"):

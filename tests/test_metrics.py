@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tracemalloc
 import zipfile
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models import alexnet
@@ -581,6 +583,19 @@ def test_clip_score_against_a_direct_computation(tiny_clip):
     assert torch.allclose(scores, expected, atol=1e-3)
     assert min(cosines) < 0 < max(cosines)  # both sides of the clamp
     assert clip.truncated == 1
+
+
+def test_a_clip_that_is_not_whole_is_refused(tiny_clip, tmp_path):
+    """What is missing would be random numbers, and the score noise."""
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HarmonicaError, match=r"--clip-model .*text_projection\.weight is missing"):
+        ClipScore(str(folder), ["a"], CPU)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(HarmonicaError, match=r"--clip-model .* cannot be loaded"):
+        ClipScore(str(folder), ["a"], CPU)
 
 
 def test_prompts_and_models_that_are_not_there_are_refused(tmp_path):

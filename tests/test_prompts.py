@@ -1,6 +1,7 @@
 """Prompts: encoding against the library's own call, and the file that keeps the result."""
 
 import gc
+import json
 import re
 import runpy
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, relative
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from harmonica.errors import HarmonicaError, HarmonicaWarning
@@ -37,6 +38,7 @@ from harmonica.text_encoder import (
 from models import MODELS
 
 CPU = torch.device("cpu")
+NORM = "encoder.final_layer_norm.weight"
 TEXTS = ("A cat on a mat", "", "eine Brücke über den Fluß, 夜 🌉", "fog")
 
 
@@ -210,6 +212,42 @@ def test_files_of_when_all_prompts_were_lower_cased_say_so(tiny_t5, tmp_path):
     del metadata["lowercased"]
     save_file(tensors, path, metadata)
     assert load_prompts(path).lowercased
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda weights, config: weights.pop(NORM), f"{NORM} is missing"),
+        (lambda weights, config: weights.pop("shared.weight"), r"embed_tokens\.weight is missing"),
+        (lambda weights, config: weights.update({NORM: torch.ones(3)}), "mismatch"),
+        (lambda weights, config: config.update(d_model="x"), "d_model"),
+        (lambda weights, config: config.update(d_ff=-1), "negative dimension"),
+        (lambda weights, config: config.update(dtype="x"), "no attribute"),
+    ],
+)
+def test_an_encoder_that_is_not_whole_is_refused(tiny_t5, tmp_path, spoil, reason):
+    """What is missing would be random numbers."""
+    folder = shutil.copytree(tiny_t5, tmp_path / "t5") / "text_encoder"
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    spoil(weights, config)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HarmonicaError, match=f"no text_encoder that can be loaded .*{reason}"):
+        encoded(tmp_path / "t5")
+
+
+def test_the_encoder_of_a_whole_t5_is_taken(tiny_t5, tmp_path):
+    """With a decoder beside it in the file."""
+    from transformers import T5ForConditionalGeneration
+
+    shutil.copytree(tiny_t5 / "tokenizer", tmp_path / "tokenizer")
+    config = T5Config.from_pretrained(tiny_t5 / "text_encoder")
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "text_encoder")
+    encoder = load_file(tiny_t5 / "text_encoder" / "model.safetensors")
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    save_file({**load_file(path), **encoder, "more": torch.ones(1)}, path, {"format": "pt"})
+    assert torch.equal(encoded(tmp_path).tokens, encoded(tiny_t5).tokens)
 
 
 def test_numbers_beyond_half_precision_are_refused(tiny_t5, tmp_path):

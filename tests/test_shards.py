@@ -25,7 +25,7 @@ from harmonica.files import Npz, sha256, write_atomically, write_checked
 from harmonica.lock import held
 from harmonica.many_samples import sample_many
 from harmonica.sample_config import SampleConfig
-from harmonica.shards import Origin, ShardFolder, divide
+from harmonica.shards import DamagedShard, Origin, ShardFolder, divide
 from models import MODELS, WeightSource
 
 FEW = SampleConfig(num_sampling_steps=2, cfg_scale=1.0, num_samples=10, shard_size=3, png=True)
@@ -263,6 +263,44 @@ def test_what_was_fetched_is_sampled_without_a_network(
     with pytest.raises(HarmonicaError, match=r"ema could not be fetched .* run `download.py ema`"):
         shutil.rmtree(tmp_path / "models--stabilityai--sd-vae-ft-ema")
         sample_many(config)
+
+
+@pytest.fixture
+def folder(tmp_path) -> ShardFolder:
+    """Three images, as a shard and as PNG files."""
+    folder = ShardFolder(tmp_path / "folder", Origin({}, "weights", None))
+    folder.make()
+    (shard,) = divide(3, 3)
+    folder.write(shard, np.zeros((3, 4, 4, 3), np.uint8))
+    folder.write_pictures(shard)
+    assert folder.is_done(shard, pictures=True)
+    return folder
+
+
+def test_pictures_are_those_of_the_shard(folder):
+    """Not of one that was there before."""
+    (shard,) = divide(3, 3)
+    folder.write(shard, np.ones((3, 4, 4, 3), np.uint8))
+    assert folder.is_done(shard, pictures=False)
+    assert not any(folder.is_done(shard, pictures=True, thorough=t) for t in (True, False))
+    folder.write_pictures(shard)
+    assert folder.is_done(shard, pictures=True)
+    with Image.open(folder.picture(2)) as picture:
+        assert (np.asarray(picture) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 4, 3), (3, 4, 4, 5), (3, 4, 4, 1), (3, 0, 4, 3), (3, 4, 3), (0, 4, 4, 3), ()]
+)
+def test_a_shard_with_a_forged_manifest_is_made_again(folder, shape):
+    (shard,) = divide(3, 3)
+    folder.write(shard, np.zeros(shape, np.uint8))  # with a hash that fits
+    manifest = folder.root / "shards" / "000000.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "shape": [3, 4, 4, 3]}))
+    assert not folder.is_done(shard, pictures=False)
+    for use in (folder.read, folder.write_pictures):
+        with pytest.raises(DamagedShard, match=r"000000\.npy has changed"):
+            use(shard)
 
 
 def test_more_samples_are_added_to_fewer(made, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -53,6 +54,7 @@ from models import MODELS, SDXL, STABLE_DIFFUSION, T5, HubFolder, create_model
 from models.pixart import PixArt
 
 CPU = torch.device("cpu")
+CONV = "decoder.conv_in.weight"
 PROMPTS = "a cat\nЖёлтый кот, très élégants 🐈\nthe same cat, told at such length that it is cut\n"
 
 
@@ -763,6 +765,50 @@ def test_parts_that_cannot_be_fetched_name_the_command(hub_cache, monkeypatch):
         load_decoder(BackboneConfig(model="DiT-XL/2", vae="ema"), CPU)
     with pytest.raises(HarmonicaError, match=r"--vae .*absent cannot be loaded.*pass ema, mse or"):
         load_decoder(BackboneConfig(model="DiT-XL/2", vae=str(hub_cache / "absent")), CPU)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda weights, config: weights.pop(CONV), f"{CONV} is missing"),
+        (lambda weights, config: weights.update(more=torch.ones(1)), "more is unexpected"),
+        (lambda weights, config: weights.update({CONV: torch.ones(3)}), "expected shape"),
+        (lambda weights, config: config["up_block_types"].pop(), "up_blocks.* is unexpected"),
+        (lambda weights, config: config.update(block_out_channels="x"), ""),
+        (lambda weights, config: config.update(block_out_channels=[]), "out of range"),
+        (lambda weights, config: config.update(norm_num_groups=0), "by zero"),
+        (lambda weights, config: config.update(latent_channels=None), "NoneType"),
+    ],
+)
+def test_an_autoencoder_that_is_not_whole_is_refused(folder, tmp_path, spoil, reason):
+    vae = shutil.copytree(folder / "pipeline", tmp_path / "pipeline") / "vae"
+    path, weights = weights_of(vae)
+    config = json.loads((vae / "config.json").read_text())
+    spoil(weights, config)
+    save_file(weights, path, {"format": "pt"})
+    (vae / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HarmonicaError, match=f"--vae .*pipeline cannot be loaded .*{reason}"):
+        load_decoder(BackboneConfig(model="DiT-XL/2", vae=str(tmp_path / "pipeline")), CPU)
+
+
+def test_an_autoencoder_of_older_names_is_whole(folder, tmp_path):
+    """Attention of the published ones is named as early versions of diffusers named it."""
+    shutil.copytree(folder / "pipeline", tmp_path / "pipeline")
+    path, weights = weights_of(tmp_path / "pipeline" / "vae")
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, old in older.items():
+        weights = {name.replace(f".{new}.", f".{old}."): w for name, w in weights.items()}
+    save_file(weights, path, {"format": "pt"})
+    hashes = [
+        load_decoder(BackboneConfig(model="DiT-XL/2", vae=str(at / "pipeline")), CPU).weights_hash()
+        for at in (folder, tmp_path)
+    ]
+    assert hashes[0] == hashes[1] and "proj_attn" in str(weights.keys())
+
+
+def weights_of(vae: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    path = vae / "diffusion_pytorch_model.safetensors"
+    return path, load_file(path)
 
 
 def test_the_first_reason_is_told(monkeypatch):

@@ -5,6 +5,7 @@ can do nothing else.
 """
 
 from harmonica.files.npz import Npz, NpzArray
+from harmonica.files.pt import read_torch
 from harmonica.files.reading import (
     confined_extraction,
     existing_file,
@@ -16,7 +17,6 @@ from harmonica.files.reading import (
     read_json,
     read_safetensors,
     read_text,
-    read_torch,
     read_yaml,
 )
 from harmonica.files.writing import (

@@ -3,7 +3,6 @@
 What is wrong with a file is said in one sentence; nothing else is raised.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -13,10 +12,9 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -24,10 +22,12 @@ from torch import Tensor
 
 from harmonica.errors import HarmonicaError
 from harmonica.files.npy import read_header
+from harmonica.files.plain import plain
 
 JSON_BYTES = 64 << 20
 TEXT_BYTES = 64 << 20
 YAML_BYTES = 1 << 20
+LONGEST_NUMBER = 100  # characters in YAML
 
 
 def first_line(error: BaseException, length: int = 120) -> str:
@@ -79,11 +79,26 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path, JSON_BYTES), str(path))
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """No long numbers: they are more than a float holds or than Python shows, or take hours."""
+
+    def construct_number(self, node: yaml.Node) -> int | float:
+        if len(node.value) > LONGEST_NUMBER:
+            raise ValueError(f"a number has more than {LONGEST_NUMBER} digits")
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+
+    yaml_constructors: ClassVar = {
+        **yaml.SafeLoader.yaml_constructors,
+        "tag:yaml.org,2002:int": construct_number,
+        "tag:yaml.org,2002:float": construct_number,
+    }
+
+
 def read_yaml(path: Path) -> Any:
     """Plain values, lists and mappings; no tag makes anything else."""
     text = read_text(path, YAML_BYTES)
     try:
-        return yaml.safe_load(text)
+        return plain(_PlainLoader(text).get_single_data(), len(text))
     except Exception as error:  # dates and numbers that are none raise whatever their classes do
         raise HarmonicaError(
             f"{path} is not readable YAML ({first_line(error)}); check the file"
@@ -132,22 +147,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise HarmonicaError(
             f"{path} is not a whole safetensors file ({first_line(error)}); fetch or export it "
             "again"
-        ) from None
-
-
-def read_torch(source: Path | IO[bytes], name: str | None = None) -> Any:
-    """A ``.pt`` file, with tensors, containers and ``argparse.Namespace`` allowed, nothing else.
-
-    Args:
-        name: of the source in a refusal; a path names itself.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise HarmonicaError(
-            f"{name or source} is not a weights-only PyTorch file and was not loaded "
-            f"({first_line(error)}); use the original file or a safetensors copy"
         ) from None
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
+from harmonica.hub import whole
 from harmonica.metrics.precision import single_precision
 from harmonica.weights import state_sha256
 
@@ -32,14 +33,15 @@ class ClipScore:
                 "--prompts needs transformers; install the project with its extra [text]"
             ) from None
         try:
-            model = CLIPModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-            self._model = model.eval().to(device)
+            loaded = CLIPModel.from_pretrained(
+                name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+            self._model = whole(loaded, may_hold_more=True).eval().to(device)
             self._processor = CLIPProcessor.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # what is wrong in a config fails wherever it is first used
             raise HarmonicaError(
-                f"--clip-model {name} is neither a folder nor in the Hub's cache and cannot be "
-                f"fetched ({first_line(error, 160)}); run `hf download {name}` where there is a "
-                "network, or pass the path of a copy"
+                f"--clip-model {name} cannot be loaded ({first_line(error, 160)}); run `hf "
+                f"download {name}` where there is a network, or pass the path of a whole copy"
             ) from None
         self.name, self._prompts, self._device = name, prompts, device
         self._longest = self._model.config.text_config.max_position_embeddings

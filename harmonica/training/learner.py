@@ -19,13 +19,13 @@ from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, Origin
 from harmonica.training.learning_to_cache import LearningToCache
 from harmonica.training.objective import ESTIMATORS, Student, iepo_loss, image_error_weights
+from harmonica.training.restored import count, moments, number, numbers, tensor, tensors
 from harmonica.training.sdt import (
     BetaControl,
     StepError,
     StepwiseDenoising,
     TrainingMethod,
     optimizer_of,
-    restore_optimizer,
 )
 from harmonica.training.values import Values
 
@@ -77,7 +77,9 @@ class Learner(Protocol):
         """Everything that training stands on; randomness follows from counters and the seed."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``; what is no such state raises, as a rule a ValueError."""
+        ...
 
 
 class StepwiseLearner:
@@ -282,11 +284,15 @@ class StepwiseLearner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.router.load_state_dict(state["router"])
+        self.router.load_state_dict(tensors(state["router"], self.router.state_dict()))
         self.values.load_state_dict(state["values"])
-        restore_optimizer(self.optimizer, state["optimizer"], self.config)
-        self.updates, self.trajectories = state["updates"], state["trajectories"]
-        self.refreshes = [(update, list(weights)) for update, weights in state["refreshes"]]
-        self.refresh_at, self.weights = state["refresh_at"], state["weights"]
-        self.beta.beta = state["beta"]
+        self.optimizer.load_state_dict(moments(state["optimizer"], self.optimizer))
+        self.updates, self.trajectories = count(state["updates"]), count(state["trajectories"])
+        self.refreshes = [
+            (count(update), numbers(weights, len(self.weights)))
+            for update, weights in state["refreshes"]
+        ]
+        self.refresh_at = count(state["refresh_at"])
+        self.weights = tensor(state["weights"], self.weights)
+        self.beta.beta = number(state["beta"])
         self.method.load_state_dict(state["method"])

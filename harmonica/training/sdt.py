@@ -158,16 +158,6 @@ def optimizer_of(
     return router_optimizer(router, config.lr, config.adam_eps, coefficients, config.coefficient_lr)
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], config: TrainConfig
-) -> None:
-    """Moments of a checkpoint; rates as they are given now, which may differ when a run goes on."""
-    optimizer.load_state_dict(state)
-    rates = (config.lr, config.coefficient_lr)
-    for group, rate in zip(optimizer.param_groups, rates, strict=False):
-        group.update(lr=rate, eps=config.adam_eps)
-
-
 class BetaControl:
     """The price of a computed branch, fixed or steered towards a share of reused branches.
 

@@ -1,6 +1,7 @@
 """A training run of a router: learning, logging, checkpoints, export."""
 
 import hashlib
+import reprlib
 import time
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -29,12 +30,17 @@ from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, peers
 from harmonica.training.learner import Learner, StepwiseLearner
 from harmonica.training.progress import Progress
+from harmonica.training.restored import count, number
 from harmonica.training.run_directory import Effort, RunDirectory
 from harmonica.training.trajectory_learner import TrajectoryLearner
 from models.transformer import call_block
 
 PREVIEW_IMAGES = 12
 CHECKPOINT_FORMAT = 1
+# What parts of a checkpoint raise that are not what this version puts there.
+UNFIT = (
+    AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class Trainer:
@@ -171,33 +177,46 @@ class Trainer:
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        if state.get("format") != CHECKPOINT_FORMAT:
+        """Go on from a checkpoint.
+
+        Raises:
+            HarmonicaError: it is of another version, another run, or none.
+        """
+        versions = reprlib.repr(state.get("versions"))
+        try:
+            if state.get("format") != CHECKPOINT_FORMAT:
+                raise HarmonicaError(
+                    f"the checkpoint is not of format {CHECKPOINT_FORMAT}; go on with the version "
+                    f"of the project that wrote it ({versions})"
+                )
+            self._refuse_other_files(state)
+            self.learner.load_state_dict(state["learner"])
+            known = Effort(**state.get("effort", {}))
+            self._earlier = Effort(count(known.evaluations), number(known.seconds))
+            self.tally.evaluations = 0  # setting up was counted when the run began
+            scaler, saved = self.accelerator.scaler, state["scaler"]
+            if scaler is not None and saved is not None:
+                scaler.load_state_dict({name: number(saved[name]) for name in scaler.state_dict()})
+        except UNFIT as error:
             raise HarmonicaError(
-                f"the checkpoint is not of format {CHECKPOINT_FORMAT}; go on with the version of "
-                f"the project that wrote it ({state.get('versions')})"
-            )
-        if state["weights_hash"] != self.backbone.weights_hash:
+                f"the checkpoint does not fit this version of the project ({first_line(error)}); "
+                f"go on with the one that wrote it ({versions})"
+            ) from None
+
+    def _refuse_other_files(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a run on other weights, prompts or schedules."""
+        weights = state["weights_hash"]
+        if weights != self.backbone.weights_hash:
             raise HarmonicaError(
-                f"--resume: the run was trained on weights {state['weights_hash']}, these are "
+                f"--resume: the run was trained on weights {reprlib.repr(weights)}, these are "
                 f"{self.backbone.weights_hash}; pass its weights with --ckpt"
             )
-        for name, known in state.get("hashes", {}).items():
-            if self._hashes.get(name) != known:
+        for name, mine in self._hashes.items():
+            if state.get("hashes", {}).get(name, mine) != mine:
                 raise HarmonicaError(
                     f"--resume: {flag_of(name)} is not what the run was trained with; put the "
                     "earlier file back, or start a new run"
                 )
-        try:
-            self.learner.load_state_dict(state["learner"])
-            self._earlier = Effort(**state.get("effort", {}))
-            self.tally.evaluations = 0  # setting up was counted when the run began
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise HarmonicaError(
-                f"the checkpoint does not fit this version of the project ({first_line(error)}); "
-                f"go on with the one that wrote it ({state['versions']})"
-            ) from None
 
     @property
     def effort(self) -> Effort:

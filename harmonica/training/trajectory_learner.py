@@ -22,7 +22,8 @@ from harmonica.training.batches import Batches
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, Origin
 from harmonica.training.exchanges import Exchanges
-from harmonica.training.sdt import optimizer_of, restore_optimizer
+from harmonica.training.restored import count, moments, number, tensor, tensors
+from harmonica.training.sdt import optimizer_of
 from harmonica.training.trajectory import Rollout
 from harmonica.training.values import Values
 
@@ -185,11 +186,17 @@ class TrajectoryLearner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.router.load_state_dict(state["router"])
+        self.router.load_state_dict(tensors(state["router"], self.router.state_dict()))
         self.values.load_state_dict(state["values"])
-        restore_optimizer(self.optimizer, state["optimizer"], self.config)
-        self.updates, self.history = state["updates"], [tuple(p) for p in state["history"]]
-        device = self.accelerator.device
-        self.average = state["average"].to(device)
-        self.best_logits = state["best_logits"].to(device)
-        self.best = Schedule.from_dict(state["best"], state["best_coefficients"])
+        self.optimizer.load_state_dict(moments(state["optimizer"], self.optimizer))
+        self.updates = count(state["updates"])
+        self.history = [(count(update), number(error)) for update, error in state["history"]]
+        if not self.history:
+            raise ValueError("no schedule was ever tried")
+        self.average = tensor(state["average"], self.average)
+        self.best_logits = tensor(state["best_logits"], self.best_logits)
+        best = Schedule.from_dict(state["best"], state["best_coefficients"])
+        if best.compute.shape != self.best.compute.shape or best.reuses != self.best.reuses:
+            raise ValueError("its schedule is of another model or sampler")
+        self.values.check(best.predictor)
+        self.best = replace(best, costs=self.backbone.costs)

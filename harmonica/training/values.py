@@ -12,7 +12,9 @@ from harmonica.budget import Budget
 from harmonica.predictors import (
     Extrapolation,
     LastValue,
+    Learned,
     Predictor,
+    TaylorSeer,
     create_predictor,
     from_dict,
     to_dict,
@@ -22,6 +24,7 @@ from harmonica.training.batches import Batches
 from harmonica.training.coefficients import Coefficients, fit_coefficients
 from harmonica.training.config import TrainConfig
 from harmonica.training.held_out import HeldOut, forwards
+from harmonica.training.restored import tensors
 
 
 class Values:
@@ -106,7 +109,25 @@ class Values:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.base = from_dict(state["base"], (self.config.num_sampling_steps, 0))
+        base = from_dict(state["base"], (self.config.num_sampling_steps, 0))
+        self.check(base)
+        self.base = base
         if self._coefficients is not None:
-            self._coefficients.base = self.base
-            self._coefficients.load_state_dict(state["coefficients"])
+            mine = self._coefficients.state_dict()
+            self._coefficients.base = base
+            self._coefficients.load_state_dict(tensors(state["coefficients"], mine))
+
+    def check(self, predictor: Predictor) -> None:
+        """Refuse what no run with these options puts in place of skipped branches.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if isinstance(predictor, Learned):
+            fits = self.config.predictor == "learned" and predictor.level.shape[2] == self.channels
+        elif self.config.predictor == "learned":
+            fits = not isinstance(predictor, TaylorSeer) and predictor.depth <= Learned.depth
+        else:
+            fits = predictor.name == self.base.name
+        if not fits:
+            raise ValueError(f"it puts {predictor.name} in place of skipped branches")
