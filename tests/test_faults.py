@@ -3,6 +3,7 @@
 ``--soak`` is the nightly form: many rounds of every fault, and a table at the end.
 """
 
+import functools
 import json
 import os
 import random
@@ -251,17 +252,38 @@ def test_elastic_restarts_go_on(tmp_path, nightly, faults):
     assert [json.loads(line)["update"] for line in lines] == list(range(2, 17, 2))
 
 
-def stand_ins_for_slurm(folder: Path) -> dict[str, str]:
-    """One node: srun starts the one task here, scontrol knows the host and notes a requeue."""
+# Like the real one, it kills what it started when it is asked to end.
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+echo $SRUN_CPUS_PER_TASK > cpus
+"$@" & step=$!
+echo $step > step; echo $$ > srun
+trap 'kill -KILL $step $(cat /proc/$step/task/$step/children)' TERM HUP
+wait $step
+"""
+SCANCEL = """
+[ "$*" = "--signal=TERM 7" ] || exit 1
+step=$(cat step)
+kill -TERM $step $(cat /proc/$step/task/$step/children)
+"""
+UNTIL_SRUN_ENDED = "while kill -0 $(cat srun); do sleep 0.02; done"
+
+
+def stand_ins_for_slurm(folder: Path, **changes: str) -> dict[str, str]:
+    """One node: srun starts the one task here, scancel signals it and its children, scontrol knows
+    the host and notes a requeue.
+    """
     scripts = {
-        "bin/srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "bin/srun": SRUN,
+        "bin/scancel": SCANCEL,
         "bin/scontrol": 'case "$1" in show) echo 127.0.0.1;; *) echo "$@" >> requeued;; esac',
         ".venv/bin/python": f'exec {sys.executable} "$@"',
+        **changes,
     }
-    for name, line in scripts.items():
+    for name, script in scripts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
     for name in ("train_router.py", "sample.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -270,18 +292,44 @@ def stand_ins_for_slurm(folder: Path) -> dict[str, str]:
         **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT), "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "3",
     }  # fmt: skip
 
 
+def slurm_job(folder: Path, environment: dict[str, str], script: str, *arguments):
+    return subprocess.Popen(
+        [str(ROOT / "scripts" / script), *map(str, arguments)], cwd=folder, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("status", "scancel"),
+    [(143, ""), (0, ""), (0, UNTIL_SRUN_ENDED)],
+    ids=["cut short", "done", "done at once"],
+)
+def test_a_job_is_asked_to_end_and_comes_back_unless_it_was_done(tmp_path, signum, status, scancel):
+    """What ends it takes a moment, or is over before the script looks again."""
+    asked = f"trap 'sleep 0.1; touch safe; exit {status}' TERM; touch started; while sleep 0.02"
+    environment = stand_ins_for_slurm(
+        tmp_path,
+        **{".venv/bin/python": f"{asked}; do :; done", "bin/scancel": f"{SCANCEL}{scancel}"},
+    )
+    job = slurm_job(tmp_path, environment, "slurm_train.sh")
+    while not (tmp_path / "started").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+    job.send_signal(signum)
+    said, _ = job.communicate(timeout=30)
+    assert (tmp_path / "safe").exists(), said
+    assert job.returncode == status, said
+    assert (tmp_path / "requeued").exists() == (status != 0)
+    assert (tmp_path / "cpus").read_text() == "3\n"
+
+
 def test_a_preempted_job_comes_back(tmp_path, nightly, faults):
-    environment = stand_ins_for_slurm(tmp_path)
-
-    def job(script: str, *arguments) -> subprocess.Popen:
-        return subprocess.Popen(
-            [str(ROOT / "scripts" / script), *map(str, arguments)], cwd=tmp_path, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
+    job = functools.partial(slurm_job, tmp_path, stand_ins_for_slurm(tmp_path))
     training = [*TRAIN[:-4], "--results-dir", "runs"]
     first = job("slurm_train.sh", *training, "--max-steps", "400")
     while updates(tmp_path) < 6:
