@@ -24,7 +24,7 @@ from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256, write_checked
 from harmonica.options import flag_of
 from harmonica.prompts import EncodedPrompts, save_prompts
-from harmonica.training.checkpoint import Checkpoints, unpack
+from harmonica.training.checkpoint import Checkpoints, Stage, unpack
 from harmonica.training.config import TrainConfig
 from harmonica.training.exchanges import Exchanges
 from harmonica.training.run_directory import RunDirectory
@@ -222,32 +222,36 @@ def test_accelerate_launches_it(tmp_path):
     assert (tmp_path / "results" / "000-DiT-Ti-4-T3" / "router.safetensors").is_file()
 
 
-def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch):
+def test_exchanges_end_at_a_signal_and_go_on(tmp_path, monkeypatch):
     options = {
-        "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 1, "max_steps": 2,
-        "refine": 2, "predictor": "learned", "fit": "least-squares",
+        "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 3, "max_steps": 2,
+        "refine": 6, "predictor": "learned", "coefficient_lr": 0.03,
     }  # fmt: skip
-    ended = []
-
-    def finished(self, directory):
-        ended.append((self.learner.schedule(), self.learner.history))
-
-    monkeypatch.setattr(Training, "_export", finished)
-    train(tmp_path / "one", **options)
-    attempt, attempts = Exchanges.attempt, []
+    attempt, attempts, ended = Exchanges.attempt, [], []
 
     def interrupted(self, count):
         attempts.append(count)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if len(attempts) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
         return attempt(self, count)
 
+    monkeypatch.setattr(
+        Training, "_export", lambda self, directory: ended.append(self.learner.best)
+    )
+    one = train(tmp_path / "one", **options)
     with monkeypatch.context() as patched:
         patched.setattr(Exchanges, "attempt", interrupted)
-        with pytest.raises(Interrupted, match=r"0000002\.pt: go on with --resume"):
+        with pytest.raises(Interrupted, match=r"0000002-0003\.pt: go on with --resume"):
             train(tmp_path / "two", **options)
-    assert len(attempts) == 1
-    train(tmp_path / "two", resume="auto", **options)
-    assert ended[0] == ended[1]
+        two = train(tmp_path / "two", resume="auto", **options)
+    assert attempts == [1, 2] * 3
+    assert learned(one) == learned(two) and ended[0].schedule == ended[1].schedule
+    assert ended[0].history == ended[1].history and torch.equal(ended[0].logits, ended[1].logits)
+    # Further updates know nothing of exchanges before them.
+    longer = {**options, "max_steps": 4}
+    train(tmp_path / "two", resume="auto", **longer)
+    assert learned(train(tmp_path / "whole", **longer)) == learned(two)
+    assert ended[2].history == ended[3].history
 
 
 def test_a_run_does_not_go_on_with_other_files(tmp_path, labelled_images, bundled_costs):
@@ -357,9 +361,15 @@ def test_the_newest_checkpoints_are_kept_and_lie_close_enough(tmp_path):
     # Trajectories of two updates: a third checkpoint would come after four.
     checkpoints = Checkpoints(tmp_path / "other", every=5, keep=9)
     for updates in range(0, 20, 2):
-        checkpoints.hold(updates, {}, sweep_length=2)
-    saved = [int(path.stem) for path in sorted((tmp_path / "other").glob("*.pt"))]
-    assert saved == [4, 8, 12, 16]
+        checkpoints.hold(Stage(updates), {}, sweep_length=2)
+    saved = [path.stem for path in sorted((tmp_path / "other").glob("*.pt"))]
+    assert [int(name) for name in saved] == [4, 8, 12, 16]
+    # Exchanges after the last update, and updates after those.
+    for stage in [*(Stage(18, trials) for trials in range(9)), Stage(19), Stage(20)]:
+        checkpoints.hold(stage, {}, sweep_length=1)
+    saved = [path.stem for path in checkpoints._found()[4:]]
+    assert saved == ["0000018-0003", "0000018-0008"]
+    assert checkpoints.latest()[1] == [f"going on from {tmp_path / 'other' / '0000018-0008.pt'}"]
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tmp_path):

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.interruption import Interruption
-from harmonica.training.checkpoint import Checkpoints, unpack
+from harmonica.training.checkpoint import Checkpoints, Stage, unpack
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import peers
 from harmonica.training.run_directory import RunDirectory
@@ -92,10 +92,10 @@ class Progress:
             print(*said, sep="\n", file=sys.stderr)
         return content
 
-    def hold(self, updates: int, state: Callable[[], dict[str, Any]], sweep_length: int) -> None:
+    def hold(self, stage: Stage, state: Callable[[], dict[str, Any]], sweep_length: int) -> None:
         """Keep what training stands on between two sweeps; write it where it is time."""
         if self._checkpoints is not None:
-            self._checkpoints.hold(updates, state(), sweep_length)
+            self._checkpoints.hold(stage, state(), sweep_length)
 
     def save(self) -> None:
         """Write what is held, from whichever thread."""

@@ -25,6 +25,7 @@ from harmonica.randomness import Draws
 from harmonica.router_file import RouterFile, save_router
 from harmonica.sampling import load_schedule, sample
 from harmonica.training.batches import Batches, within_memory
+from harmonica.training.checkpoint import Stage
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, peers
 from harmonica.training.learner import Learner, StepwiseLearner
@@ -107,7 +108,7 @@ class Trainer:
                     self._load_state(state)
                 with progress.secured(), within_memory(config.objective):
                     self._train(progress, min(limits) if self.learner.learns else 0)
-                    self.learner.finish()
+                    self.learner.finish(lambda: self._hold(progress))
                 self._export(progress.directory)
             finally:
                 self.accelerator.end_training()
@@ -152,11 +153,12 @@ class Trainer:
     # What training stands on.
 
     def _hold(self, progress: Progress) -> None:
-        progress.hold(self.learner.updates, self._state, self.learner.sweep_length)
+        stage = Stage(self.learner.updates, self.learner.trials)
+        progress.hold(stage, self._state, self.learner.sweep_length)
 
     def _state(self) -> dict[str, Any]:
-        """Everything training stands on. There are no generators in it: all randomness follows
-        from the seed and the counters.
+        """Everything training stands on. Of generators there is that of exchanges alone: all other
+        randomness follows from the seed and the counters.
         """
         scaler = self.accelerator.scaler
         return {
