@@ -22,7 +22,7 @@ from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256, write_checked
-from harmonica.options import flag_of
+from harmonica.options import build_parser, flag_of, resolve
 from harmonica.prompts import EncodedPrompts, save_prompts
 from harmonica.training.checkpoint import Checkpoints, Stage, unpack
 from harmonica.training.config import TrainConfig
@@ -370,6 +370,15 @@ def test_the_newest_checkpoints_are_kept_and_lie_close_enough(tmp_path):
     saved = [path.stem for path in checkpoints._found()[4:]]
     assert saved == ["0000018-0003", "0000018-0008"]
     assert checkpoints.latest()[1] == [f"going on from {tmp_path / 'other' / '0000018-0008.pt'}"]
+
+
+def test_checkpoints_are_written_before_the_end_by_default():
+    config = TrainConfig(objective="trajectory")
+    assert 4 * config.ckpt_every < config.max_steps
+    arguments = build_parser(TrainConfig, "").parse_args(
+        ["--config", str(ROOT / "configs" / "dit_xl2_256_t20.yaml"), "--objective", "trajectory"]
+    )
+    assert resolve(TrainConfig, arguments).ckpt_every == config.ckpt_every
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tmp_path):
