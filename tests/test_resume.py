@@ -16,10 +16,12 @@ import torch
 from conftest import ROOT, free_port
 from families import PIXART, tiny, tiny_specs
 from processes import Group
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
+from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256, write_checked
 from harmonica.options import build_parser, flag_of, resolve
@@ -350,6 +352,42 @@ def test_a_run_goes_on_only_as_what_it_is(tmp_path, faults):
     trainer.backbone = type(trainer.backbone)(**{**vars(trainer.backbone), "weights_hash": "x"})
     with pytest.raises(HarmonicaError, match="was trained on weights"):
         trainer.run()
+
+
+def files_of(directory: RunDirectory) -> dict[str, str]:
+    """Content of what is recorded of a run."""
+    return {
+        str(path.relative_to(directory.path)): sha256(path)
+        for path in directory.path.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_run_goes_on_with_its_weights_wherever_they_are_and_with_no_others(tmp_path):
+    own, moved, others = (tmp_path / f"{name}.safetensors" for name in ("own", "moved", "others"))
+    save_file(load_backbone(BackboneConfig(), torch.device("cpu")).model.state_dict(), own)
+    weights = load_file(own)
+    save_file({name: 1.01 * tensor for name, tensor in weights.items()}, others)
+
+    def train_on(ckpt: Path, **options) -> RunDirectory:
+        return train(tmp_path / "runs", ckpt=ckpt, **options)
+
+    directory = train_on(own, max_steps=2, resume="auto")
+    own.rename(moved)
+    assert train_on(moved, max_steps=4, resume="auto").path == directory.path
+    moved.rename(own)
+    assert train_on(own, max_steps=6, resume=str(directory.path)).path == directory.path
+    assert newest(directory).stem == "0000006"
+
+    before = files_of(directory)
+    assert train_on(others, max_steps=2, resume="auto").path != directory.path
+    with pytest.raises(HarmonicaError, match=r"was trained on weights .* with --ckpt"):
+        train_on(others, max_steps=8, resume=str(directory.path))
+    assert files_of(directory) == before
+    # Earlier versions did not write down which weights a run is on.
+    for recorded in (tmp_path / "runs").glob("*/weights.txt"):
+        recorded.unlink()
+    assert train_on(others, max_steps=4, resume="auto").path.name.startswith("001-")
 
 
 def test_the_newest_checkpoints_are_kept_and_lie_close_enough(tmp_path):

@@ -181,7 +181,7 @@ class TrainConfig(BackboneConfig):
     resume: str | None = option(
         None,
         "run directory to go on with, its options standing unless flags say otherwise; auto: the "
-        "newest one under --results-dir with the same options, or a new one",
+        "newest one under --results-dir with the same options and weights, or a new one",
     )
     log_every: int = option(100, "updates between lines of metrics.jsonl", low=1)
     ckpt_every: int | None = option(

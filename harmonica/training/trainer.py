@@ -101,11 +101,10 @@ class Trainer:
             for count in (config.max_steps, config.epochs and config.epochs * length)
             if count is not None
         ]
-        with Progress(config, self.interruption, self._is_main) as progress:
+        weights_hash = self.backbone.weights_hash
+        with Progress(config, weights_hash, self.interruption, self._is_main) as progress:
             try:
-                state = progress.start(self._start_wandb)
-                if state is not None:
-                    self._load_state(state)
+                progress.start(self._load_state, self._start_wandb)
                 with progress.secured(), within_memory(config.objective):
                     self._train(progress, min(limits) if self.learner.learns else 0)
                     self.learner.finish(lambda: self._hold(progress))
