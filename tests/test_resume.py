@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import resource
 import signal
@@ -24,6 +25,7 @@ from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256, write_checked
+from harmonica.lock import held
 from harmonica.options import build_parser, flag_of, resolve
 from harmonica.prompts import EncodedPrompts, save_prompts
 from harmonica.training.checkpoint import Checkpoints, Stage, unpack
@@ -89,12 +91,13 @@ def whole(tmp_path_factory) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def full_disk():
-    """No file may grow beyond 4 kB, which is less than a checkpoint."""
+def full_disk(room: int = 4096):
+    """No file may grow beyond so many bytes, by default less than a checkpoint."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # pytest keeps it in a file
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -137,6 +140,21 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
         with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
             train(tmp_path, max_steps=7, resume="auto")
     assert (directory.path / "metrics.jsonl").read_text() == lines[0]
+
+
+def test_a_lock_holds_on_a_disk_without_any_room(tmp_path, faults):
+    """Who holds it is not written down; what is to be written then is refused in a sentence."""
+    faults.add("disk full")
+    with full_disk(0):
+        with (
+            held(tmp_path / ".lock", "it"),
+            pytest.raises(HarmonicaError, match="it is in use by another process; wait for it"),
+            held(tmp_path / ".lock", "it"),
+        ):
+            pass
+        with pytest.raises(HarmonicaError, match=r"cannot write .*config\.yaml: .*; make room"):
+            train(tmp_path / "runs", max_steps=3)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 @pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])

@@ -194,6 +194,8 @@ def test_a_full_disk_ends_it_and_what_was_made_stands(made, tmp_path, faults):
         sample_many(replace(FEW, out=out))
     after = states(out)
     assert before.items() <= after.items() and not list(out.rglob("*.tmp"))
+    with full_disk(0), pytest.raises(HarmonicaError, match=r"cannot write .*000003.npy: "):
+        sample_many(replace(FEW, out=out))
     sample_many(replace(FEW, out=out))
     assert sha256(out / NAME) == sha256(made / NAME)
 
