@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from permissions import obey_permissions
 from processes import Group
 from test_resume import content, without_pictures
 
@@ -208,19 +209,16 @@ def test_a_process_that_does_not_answer_ends_the_run(tmp_path, nightly, faults):
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, faults):
-    """Read-only; for root, which may write anyway, it is one of the kernel's."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "out").mkdir()
     for folder in ("runs", "out"):
-        (tmp_path / folder).chmod(0o555)
-    if os.geteuid() == 0:
-        for folder in ("runs", "out"):
-            (tmp_path / folder).rmdir()
-            (tmp_path / folder).symlink_to("/proc/sys/kernel")
-    for program, arguments in {"train": [*TRAIN, "--max-steps", 2], "sample": SAMPLE}.items():
+        (tmp_path / folder).mkdir(mode=0o555)
+    for program, arguments, flag in (
+        ("train", [*TRAIN, "--max-steps", 2], "--results-dir runs"),
+        ("sample", SAMPLE, "--out out"),
+    ):
         faults.add("a folder that cannot be written to")
-        group = Group(program, *arguments, folder=tmp_path, ranks=1)
+        group = Group(program, *arguments, folder=tmp_path, ranks=1, fault=obey_permissions)
         assert group.wait() == [2], group.said()
+        assert f"error: {flag} cannot be written to (Permission denied)" in group.said()
         assert group.said().count("error: ") == 1 and "Traceback" not in group.said()
 
 

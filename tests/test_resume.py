@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, free_port
 from families import PIXART, tiny, tiny_specs
+from permissions import read_only
 from processes import Group
 from safetensors.torch import load_file, save_file
 
@@ -155,6 +157,23 @@ def test_a_lock_holds_on_a_disk_without_any_room(tmp_path, faults):
         with pytest.raises(HarmonicaError, match=r"cannot write .*config\.yaml: .*; make room"):
             train(tmp_path / "runs", max_steps=3)
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_a_run_that_has_become_read_only_is_refused(whole, tmp_path, faults):
+    """Its folder, or that of its checkpoints, in which a process was killed while it wrote."""
+    directory = RunDirectory(tmp_path / whole.path.name)
+    shutil.copytree(whole.path, directory.path)
+    before = sha256(newest(directory))
+    unfinished = directory.checkpoints / ".0000008.pt.0123abcd.tmp"
+    unfinished.touch()
+    faults.add("a folder that cannot be written to", 2)
+    for paths, said in {
+        (directory.path, directory.path / ".lock"): "the run .* cannot be written to",
+        (directory.checkpoints,): r"cannot write .*0000008\.pt.*; the last good checkpoint is",
+    }.items():
+        with read_only(*paths), pytest.raises(HarmonicaError, match=said):
+            train(tmp_path, max_steps=9, resume="auto")
+    assert sha256(newest(directory)) == before and unfinished.is_file()
 
 
 @pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])

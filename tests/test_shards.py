@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families import tiny, tiny_specs
+from permissions import read_only
 from PIL import Image
 from processes import CONTEXT, Group
 from safetensors.torch import save
@@ -198,6 +199,35 @@ def test_a_full_disk_ends_it_and_what_was_made_stands(made, tmp_path, faults):
         sample_many(replace(FEW, out=out))
     sample_many(replace(FEW, out=out))
     assert sha256(out / NAME) == sha256(made / NAME)
+
+
+def test_a_folder_that_has_become_read_only_is_refused(made, tmp_path, faults):
+    """All of it or a part, in which something is missing and something was left unfinished."""
+    out = tmp_path / "samples"
+    shutil.copytree(made, out)
+    shards, images = out / "shards", out / "images"
+    for folder, name in ((shards, "000003.npy"), (images, "000004.png"), (out, NAME)):
+        (folder / name).write_bytes(b"")
+        (folder / f".{name}.0123abcd.tmp").touch()
+    for paths, said in {
+        (out, out / ".lock"): "--out .* cannot be written to",
+        (shards, shards / ".claims"): "--out .* cannot be written to",
+        (shards,): "--out .* cannot be written to",
+        (images,): "cannot write .*000003.png",
+        (out,): f"cannot write .*{NAME}",
+    }.items():
+        faults.add("a folder that cannot be written to")
+        with read_only(*paths), pytest.raises(HarmonicaError, match=rf"{said}.*Permission denied"):
+            sample_many(replace(FEW, out=out))
+    sample_many(replace(FEW, out=out))
+    assert sha256(out / NAME) == sha256(made / NAME) and not list(out.rglob("*.tmp"))
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path):
+    folder = ShardFolder(tmp_path / "out", Origin({}, "weights", None))
+    for use in (folder.show_life, folder.life, folder.claim(divide(1, 1)[0]).__enter__):
+        with pytest.raises(HarmonicaError, match=r"--out .* cannot be written to \(No such file"):
+            use()
 
 
 def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeypatch, faults):

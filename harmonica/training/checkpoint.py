@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_checked, read_torch, record_of, write_checked
+from harmonica.files import (
+    read_checked,
+    read_torch,
+    record_of,
+    remove_unfinished,
+    write_checked,
+)
 
 _NAME = re.compile(r"(\d{7,})(?:-(\d{4,}))?\.pt")
 
@@ -95,8 +101,7 @@ class Checkpoints:
         Raises:
             HarmonicaError: all of them are, or were found to be when one was last looked for.
         """
-        for stale in self.folder.glob(".*.tmp"):  # of a process that was killed
-            stale.unlink(missing_ok=True)
+        remove_unfinished(self.folder)
         said = []
         for path in reversed(self._found()):
             try:
