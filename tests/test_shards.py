@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from families import tiny, tiny_specs
 from permissions import read_only
 from PIL import Image
@@ -21,11 +22,15 @@ from safetensors.torch import save
 from test_resume import full_disk
 
 from harmonica import commands, many_samples
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import load_backbone
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import Npz, sha256, write_atomically, write_checked
 from harmonica.lock import held
 from harmonica.many_samples import sample_many
+from harmonica.randomness import Draws
 from harmonica.sample_config import SampleConfig
+from harmonica.sampling import eight_bit, sample
 from harmonica.shards import Origin, ShardFolder, divide
 from models import MODELS, WeightSource
 
@@ -51,7 +56,30 @@ def states(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def test_samples_are_in_order_with_classes_in_turn(made):
+def of_labels(backbone, labels: list[int]) -> np.ndarray:
+    """Image i of label i, as signed numbers, which can be subtracted."""
+    draws, indices = Draws(FEW.seed, "sample"), range(len(labels))
+    latents = sample(backbone, None, draws, indices, torch.tensor(labels))
+    pixels = eight_bit(load_decoder(FEW, torch.device("cpu"))(latents))
+    return pixels.permute(0, 2, 3, 1).numpy().astype(int)
+
+
+def test_samples_are_of_classes_in_turn(made, tmp_path):
+    chosen = (3, 5, 7)
+    sample_many(replace(FEW, out=tmp_path / "chosen", classes=chosen))
+    backbone = load_backbone(FEW, torch.device("cpu"))
+    for out, labels in (
+        (made, list(range(10))),
+        (tmp_path / "chosen", [chosen[i % 3] for i in range(10)]),
+    ):
+        images = Npz(out / NAME, "--samples")["arr_0"].whole()
+        # In a batch they are rounded otherwise.
+        assert np.abs(images - of_labels(backbone, labels)).max() <= 1
+        others = np.abs(images - of_labels(backbone, [(label + 1) % 10 for label in labels]))
+        assert others.max(axis=(1, 2, 3)).min() > 1
+
+
+def test_samples_are_in_order(made):
     images = Npz(made / NAME, "--samples")["arr_0"]
     assert images.shape == (10, 32, 32, 3) and images.dtype == np.uint8
     for index, image in enumerate(images.whole()):
