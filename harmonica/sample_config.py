@@ -20,8 +20,7 @@ SHARED_WITH_ROUTER = (
 # What does not change an image of a given index.
 NOT_OF_THE_IMAGES = (
     "path", "ckpt", "vae", "accelerate_method", "ddim_sample", "num_images", "num_samples", "png",
-    "timeout", "batch_size", "out", "compare", "repeats", "compile",
-    "cuda_graphs", "text_encoder",
+    "timeout", "batch_size", "out", "compare", "repeats", "compile", "cuda_graphs",
 )  # fmt: skip
 
 # What makes images to measure alone takes notice of.

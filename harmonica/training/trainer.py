@@ -1,6 +1,5 @@
 """A training run of a router: learning, logging, checkpoints, export."""
 
-import hashlib
 import time
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from harmonica import __version__
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import load_backbone
-from harmonica.conditions import Conditions, PromptList
 from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
@@ -79,7 +77,7 @@ class Trainer:
                 )
         # Of files, which may change before the run goes on.
         self._hashes = {
-            "prompts": _texts_hash(self.backbone.conditions),
+            "prompts": self.backbone.conditions.content_hash(),
             "freeze_schedule": frozen and frozen.hash,
         }
         kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
@@ -268,13 +266,6 @@ class Trainer:
             for name, choice in {"uncached": None, "with router": schedule}.items()
         }
         comparison(directory.path / "samples.png", rows)
-
-
-def _texts_hash(conditions: Conditions) -> str | None:
-    """sha256 of prompts as texts: what an encoder makes of them is rounded as its device does."""
-    if not isinstance(conditions, PromptList):
-        return None
-    return hashlib.sha256("\n".join(conditions.encoded.texts).encode()).hexdigest()
 
 
 def _passes(before: int, after: int, every: int) -> bool:
