@@ -14,13 +14,14 @@ from harmonica.budget import Budget
 from harmonica.cache import Cache, Replay
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
-from harmonica.predictors import LAST, Extrapolation, Learned, combine
+from harmonica.predictors import LAST, Extrapolation, LastValue, Learned, combine
 from harmonica.router import threshold_schedule
 from harmonica.router_file import load_router, load_schedule_file
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.training.coefficients import Coefficients, fit_coefficients
 from harmonica.training.config import TrainConfig
+from harmonica.training.consensus import NotFinite
 from harmonica.training.exchanges import Exchanges
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout
@@ -237,6 +238,30 @@ def test_a_trial_that_is_not_finite_is_no_trial(tmp_path, monkeypatch):
     before = running.learner.best.error
     running.learner.sweep()
     assert running.learner.best.error == before
+
+
+def test_held_out_seeds_prefer_what_is_finite(tmp_path, monkeypatch):
+    learner = trainer(tmp_path, predictor="learned", coefficients="scalar").learner
+    held_out, plan = learner.values.held_out, replace(learner.schedule(), predictor=LAST)
+    breaks = {LastValue}
+
+    class Overflowing(Engine):
+        """In half precision a part of the images may not be finite."""
+
+        def __call__(self, batch):
+            images = super().__call__(batch)
+            if type(self.schedule.predictor) in breaks:
+                images[0] = torch.nan
+            return images
+
+    monkeypatch.setattr("harmonica.training.held_out.Engine", Overflowing)
+    assert held_out.error(plan) == float("inf")
+    sampler = learner.backbone.sampler
+    assert isinstance(held_out.better_base(plan, "time", sampler), Extrapolation)
+    assert isinstance(learner.values.decided(plan).predictor, Extrapolation)
+    breaks.add(Extrapolation)
+    with pytest.raises(NotFinite, match=r"held-out seeds are not finite .* --mixed-precision no"):
+        learner.values.decided(plan)
 
 
 @pytest.mark.parametrize("forecasts", [False, True])
