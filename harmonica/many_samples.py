@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.autoencoder import load_decoder
-from harmonica.backbone import load_backbone
+from harmonica.backbone import check_gpus, load_backbone
 from harmonica.baselines import Plan
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError, Interrupted
@@ -257,6 +257,7 @@ def sample_many(config: SampleConfig) -> str | None:
     """
     if config.ddim_sample:
         config = replace(config, sampler="ddim")
+    check_gpus()
     rank = Rank.of_environment()
     with contextlib.ExitStack() as stack:
         if rank.device.type == "cpu":

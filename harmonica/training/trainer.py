@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from harmonica import __version__
 from harmonica.autoencoder import load_decoder
-from harmonica.backbone import load_backbone
+from harmonica.backbone import check_gpus, load_backbone
 from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
@@ -274,6 +274,7 @@ def _passes(before: int, after: int, every: int) -> bool:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
+    check_gpus()
     cpu = not torch.cuda.is_available()
     if cpu and config.mixed_precision == "fp16":
         raise HarmonicaError("--mixed-precision fp16 needs a GPU; use bf16 or no")
