@@ -30,9 +30,11 @@ from harmonica.files import sha256, write_checked
 from harmonica.lock import held
 from harmonica.options import build_parser, flag_of, resolve
 from harmonica.prompts import EncodedPrompts, save_prompts
+from harmonica.training.batches import Batches
 from harmonica.training.checkpoint import Checkpoints, Stage, unpack
 from harmonica.training.config import TrainConfig
 from harmonica.training.exchanges import Exchanges
+from harmonica.training.objective import ESTIMATORS
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
 from models import MODELS
@@ -454,6 +456,21 @@ def test_checkpoints_are_written_before_the_end_by_default():
         ["--config", str(ROOT / "configs" / "dit_xl2_256_t20.yaml"), "--objective", "trajectory"]
     )
     assert resolve(TrainConfig, arguments).ckpt_every == config.ckpt_every
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_image_errors_that_are_not_finite_name_their_samples(estimator, tmp_path, monkeypatch):
+    sound = Batches.__call__
+
+    def broken(self, purpose, number, samples):
+        batch = sound(self, purpose, number, samples)
+        if purpose == "lambda":
+            batch.x_T[2] = torch.nan
+        return batch
+
+    monkeypatch.setattr(Batches, "__call__", broken)
+    with pytest.raises(HarmonicaError, match=r"image-error weights of update 0 \(samples 2\)"):
+        train(tmp_path, max_steps=2, lambda_estimator=estimator)
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tmp_path):

@@ -201,7 +201,8 @@ class StepwiseLearner:
         student = Student(batch, self.router.logits(), self.masking(), self.config.lambda_rows)
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
-        origin = Origin(f"the image-error weights of update {self.updates}", batch.indices)
+        where = f"the image-error weights of update {self.updates}"
+        origin = Origin(where, batch.indices, errors.finite)
         image, output = self.consensus.mean(torch.stack([errors.image, errors.output]), origin)
         return image.cpu(), output.cpu()
 
