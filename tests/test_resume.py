@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, free_port
 from families import PIXART, tiny, tiny_specs
 from permissions import read_only
@@ -471,6 +472,30 @@ def test_image_errors_that_are_not_finite_name_their_samples(estimator, tmp_path
     monkeypatch.setattr(Batches, "__call__", broken)
     with pytest.raises(HarmonicaError, match=r"image-error weights of update 0 \(samples 2\)"):
         train(tmp_path, max_steps=2, lambda_estimator=estimator)
+
+
+class Scaled(Training):
+    """As under fp16, which a CPU does not have, with gradients of a step that are not finite."""
+
+    def __init__(self, config: TrainConfig, times: int):
+        super().__init__(config)
+        self.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        learner, left = self.learner, iter(range(times))
+        learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, scaler=scaler)
+        for row in learner.router.rows:
+            row.register_hook(lambda grad: grad * (1 if next(left, None) is None else torch.inf))
+
+
+def test_gradients_that_never_become_finite_stop_the_run_under_fp16_too(tmp_path):
+    config = TrainConfig(results_dir=tmp_path, **SMALL, max_steps=8)
+    trainer = Scaled(config, times=3)
+    trainer.run()
+    assert trainer.learner.updates == 8 and trainer.accelerator.scaler.get_scale() == 0.5
+    trainer = Scaled(config, times=8)
+    before = trainer.learner.router.logits()
+    with pytest.raises(HarmonicaError, match="not finite at step 2 of trajectory 1, update 3 "):
+        trainer.run()
+    assert torch.equal(trainer.learner.router.logits(), before)
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tmp_path):
