@@ -33,6 +33,8 @@ from harmonica.sampling import check_finite, eight_bit, sample
 from harmonica.shards import DamagedShard, Origin, Shard, ShardFolder, divide
 
 POLL_S = 0.5
+# Always images per second, whose inverse tqdm shows where one takes longer than that.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ class Work:
             initial=self._count() if self.rank.is_main else 0,
             desc="samples",
             unit="image",
+            bar_format=BAR,
             disable=not self.rank.is_main,
         )
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -27,7 +28,7 @@ from harmonica.backbone import load_backbone
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import Npz, sha256, write_atomically, write_checked
 from harmonica.lock import held
-from harmonica.many_samples import sample_many
+from harmonica.many_samples import Maker, sample_many
 from harmonica.randomness import Draws
 from harmonica.sample_config import SampleConfig
 from harmonica.sampling import eight_bit, sample
@@ -88,6 +89,25 @@ def test_samples_are_in_order(made):
     assert len({image.tobytes() for image in images.whole()}) == 10
     with np.load(made / NAME, allow_pickle=False) as file:
         assert (file["arr_0"] == images.whole()).all()
+
+
+def test_the_bar_shows_images_per_second_and_the_time_left(tmp_path, monkeypatch, capsys):
+    """However slow it is, and of all images, of which some may be there."""
+    out, clock, batch = tmp_path / "samples", [0.0], Maker._batch
+    sample_many(replace(FEW, out=out, num_samples=3, png=False))
+
+    def slow(self, indices):
+        clock[0] += 100 * len(indices)
+        return batch(self, indices)
+
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr(Maker, "_batch", slow)
+    capsys.readouterr()
+    sample_many(replace(FEW, out=out, num_samples=6, png=False))
+    shown = re.findall(r"samples: +\d+%\|.*?\| (\d/6 \[.*?\])", capsys.readouterr().err)
+    assert shown[0] == "3/6 [00:00<?, ?image/s]"
+    assert "4/6 [01:40<03:20,  0.01image/s]" in shown
+    assert shown[-1] == "6/6 [05:00<00:00,  0.01image/s]"
 
 
 def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(made, tmp_path, faults):
