@@ -143,6 +143,7 @@ class Work:
     def __init__(self, config: SampleConfig, rank: Rank, folder: ShardFolder, maker: Maker):
         self.config, self.rank, self.folder, self.maker = config, rank, folder, maker
         self.interruption = Interruption()
+        self.interruption.standing = self._abandoned
         shards = divide(config.num_samples, config.shard_size)
         self.shards = shards
         # Its own part first; then whatever a slower process, or one that is gone, has left.
@@ -219,6 +220,14 @@ class Work:
             said = f"{self._count()} of {self.config.num_samples} images are in {self.config.out}; "
             said += "run the same command again to go on"
             raise Interrupted(signum, said if self.rank.is_main else "")
+
+    def _abandoned(self) -> str:
+        """Where a batch takes longer than the launcher would wait."""
+        said = (
+            "a batch was under way for too long, so images of its shard are lost; run the same "
+            "command again to go on, or with a smaller --shard-size into another folder"
+        )
+        return said if self.rank.is_main else ""
 
     # One bar for all processes, which the main one shows.
 

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -185,6 +186,34 @@ def test_signals_while_a_checkpoint_is_written(trained, tmp_path, rounds, faults
     group = Group("train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=without_pictures)
     assert group.wait() == [0, 0], group.said()
     assert learned(tmp_path) == expected
+
+
+def long_work() -> None:
+    """Something takes longer than the grace of a signal."""
+    from harmonica import interruption
+    from harmonica.many_samples import Maker
+    from harmonica.training.learner import StepwiseLearner
+
+    def long(self, *_):
+        Path("busy").touch()
+        time.sleep(60)
+
+    interruption.GRACE_S, Maker._batch, StepwiseLearner.refresh_weights = 0.2, long, long
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "standing"),
+    [
+        ("train", TRAIN, "the last good checkpoint is .*: go on with --resume runs/"),
+        ("sample", SAMPLE, "images of its shard are lost; .* a smaller --shard-size"),
+    ],
+)
+def test_what_has_to_be_ended_says_where_it_stands(program, arguments, standing, tmp_path):
+    group = Group(program, *arguments, folder=tmp_path, ranks=1, fault=long_work)
+    group.wait_until((tmp_path / "busy").exists)
+    group.kill(0, signal.SIGTERM)
+    assert group.wait(30) == [128 + signal.SIGTERM], group.said()
+    assert re.search(f"^stopped by SIGTERM; .*{standing}", group.said(), re.MULTILINE), group.said()
 
 
 def test_a_process_that_does_not_answer_ends_the_run(tmp_path, nightly, faults):

@@ -121,7 +121,7 @@ class Progress:
     @contextlib.contextmanager
     def secured(self) -> Iterator[None]:
         """However training ends, what it stands on is on disk, and it says how to go on."""
-        self.interruption.secure = self.save
+        self.interruption.secure, self.interruption.standing = self.save, self._standing
         with self.interruption:
             try:
                 with peers():
