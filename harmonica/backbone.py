@@ -88,6 +88,21 @@ def select_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_gpus() -> None:
+    """Refuse more processes on this machine than it has GPUs, of which each takes one.
+
+    Raises:
+        HarmonicaError: there are.
+    """
+    if not torch.cuda.is_available():
+        return
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise HarmonicaError(
+            f"--nproc_per_node {processes} is more than the {gpus} GPUs of this machine; use {gpus}"
+        )
+
+
 def reduce_precision(model: DiffusionTransformer, dtype: torch.dtype) -> None:
     """Weights of matrix products in ``dtype``; embedding tables and positions stay float32."""
     for module in model.modules():

@@ -41,6 +41,13 @@ class Interrupted(Exception):
         self.signal = signal.Signals(signum)
 
 
+def say_stopped(signum: int, standing: str) -> None:
+    """By which signal, and where that leaves things; nothing where nobody knows."""
+    if standing:
+        name = signal.Signals(signum).name
+        print(f"stopped by {name}; {standing}", file=sys.stderr, flush=True)
+
+
 class OutOfReach(HarmonicaError):
     """A budget that a method cannot meet."""
 
@@ -90,8 +97,7 @@ def run_command(program: Callable[[], None]) -> Callable[[], None]:
                 time.sleep(SAY_FIRST_S)
             sys.exit(2)
         except Interrupted as stop:
-            if str(stop):
-                print(f"stopped by {stop.signal.name}; {stop}", file=sys.stderr, flush=True)
+            say_stopped(stop.signal, str(stop))
             sys.exit(128 + stop.signal)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

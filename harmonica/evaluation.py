@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 
 from harmonica import __version__
+from harmonica.backbone import check_gpus
 from harmonica.files import write_atomically
 from harmonica.metrics.collect import Rows, collect
 from harmonica.metrics.config import EvaluateConfig
@@ -31,6 +32,7 @@ def evaluate_and_report(config: EvaluateConfig) -> str | None:
         HarmonicaError: bad input, or a score that would not be a number.
     """
     check_output(config.out, REPORT)
+    check_gpus()
     state = PartialState(cpu=not torch.cuda.is_available())
     # What is missing is fetched or encoded by one process of a machine, and the others wait at its
     # lock for as long as that takes.

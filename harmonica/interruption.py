@@ -3,7 +3,7 @@
 A handler may run in the middle of anything, and not at all while the process waits for its peers.
 So it only notes the signal; a thread, which the interpreter wakes through a pipe whatever the main
 thread does, writes the checkpoint; and the processes agree at their next update to end. One that
-does not get there, because a peer is gone or an evaluation is long, is ended.
+does not get there, because a peer is gone or an evaluation is long, is ended and says so.
 """
 
 import os
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, say_stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Launchers kill 30 s after their SIGTERM.
@@ -25,12 +25,14 @@ class Interruption:
 
     Attributes:
         signal: the first one that came, or None.
+        secure: is called in a thread of its own when it comes.
+        standing: gives what is said where the process has to be ended; nothing if it is empty.
     """
 
-    def __init__(self, secure: Callable[[], None] = lambda: None):
-        """``secure`` is called in a thread of its own when the first signal comes."""
-        self.secure = secure
+    def __init__(self):
         self.signal: int | None = None
+        self.secure: Callable[[], None] = lambda: None
+        self.standing: Callable[[], str] = lambda: ""
 
     def __enter__(self) -> "Interruption":
         self._active = threading.current_thread() is threading.main_thread()
@@ -72,4 +74,6 @@ class Interruption:
         except HarmonicaError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if not self._ended.wait(GRACE_S):
+            print(file=sys.stderr)  # a progress bar may stand on the line
+            say_stopped(signum, self.standing())
             os._exit(128 + signum)

@@ -1,17 +1,17 @@
 """One process at a time: a lock that ends with its holder, however that ends."""
 
+import contextlib
 import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from harmonica.errors import HarmonicaError
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file ``path`` for as long as the context lasts.
 
@@ -40,8 +40,13 @@ def held(path: Path, what: str) -> Iterator[None]:
             raise HarmonicaError(
                 f"{what} is on a file system without locks ({error.strerror}); choose another"
             ) from None
-        file.truncate(0)
-        now = datetime.now().astimezone().isoformat(" ", "seconds")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the holder has no name
+            _sign(file.fileno())
         yield
+
+
+def _sign(lock: int) -> None:
+    """Write down who holds a lock, past any buffer, which would try again when it is closed."""
+    now = datetime.now().astimezone().isoformat(" ", "seconds")
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode())

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harmonica.autoencoder import load_decoder
-from harmonica.backbone import load_backbone
+from harmonica.backbone import check_gpus, load_backbone
 from harmonica.baselines import Plan
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError, Interrupted
@@ -33,6 +33,8 @@ from harmonica.sampling import check_finite, eight_bit, sample
 from harmonica.shards import DamagedShard, Origin, Shard, ShardFolder, divide
 
 POLL_S = 0.5
+# Always images per second, whose inverse tqdm shows where one takes longer than that.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Work:
     def __init__(self, config: SampleConfig, rank: Rank, folder: ShardFolder, maker: Maker):
         self.config, self.rank, self.folder, self.maker = config, rank, folder, maker
         self.interruption = Interruption()
+        self.interruption.standing = self._abandoned
         shards = divide(config.num_samples, config.shard_size)
         self.shards = shards
         # Its own part first; then whatever a slower process, or one that is gone, has left.
@@ -218,6 +221,14 @@ class Work:
             said += "run the same command again to go on"
             raise Interrupted(signum, said if self.rank.is_main else "")
 
+    def _abandoned(self) -> str:
+        """Where a batch takes longer than the launcher would wait."""
+        said = (
+            "a batch was under way for too long, so images of its shard are lost; run the same "
+            "command again to go on, or with a smaller --shard-size into another folder"
+        )
+        return said if self.rank.is_main else ""
+
     # One bar for all processes, which the main one shows.
 
     def _bar(self) -> tqdm:
@@ -226,6 +237,7 @@ class Work:
             initial=self._count() if self.rank.is_main else 0,
             desc="samples",
             unit="image",
+            bar_format=BAR,
             disable=not self.rank.is_main,
         )
 
@@ -257,6 +269,7 @@ def sample_many(config: SampleConfig) -> str | None:
     """
     if config.ddim_sample:
         config = replace(config, sampler="ddim")
+    check_gpus()
     rank = Rank.of_environment()
     with contextlib.ExitStack() as stack:
         if rank.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 import io
 import statistics
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def lambda_curve(path: Path, refreshes: list[tuple[int, list[float]]]) -> None:
     _save(figure, path)
 
 
-def learning_curve(path: Path, history: list[tuple[int, float]]) -> None:
+def learning_curve(path: Path, history: Sequence[tuple[int, float]]) -> None:
     """Image error of the best schedule so far on held-out seeds; ``history``: (update, error)."""
     figure = Figure((7, 4), layout="constrained")
     axis = figure.subplots()

@@ -20,8 +20,7 @@ SHARED_WITH_ROUTER = (
 # What does not change an image of a given index.
 NOT_OF_THE_IMAGES = (
     "path", "ckpt", "vae", "accelerate_method", "ddim_sample", "num_images", "num_samples", "png",
-    "timeout", "batch_size", "out", "compare", "repeats", "compile",
-    "cuda_graphs", "text_encoder",
+    "timeout", "batch_size", "out", "compare", "repeats", "compile", "cuda_graphs",
 )  # fmt: skip
 
 # What makes images to measure alone takes notice of.
@@ -156,7 +155,7 @@ class SampleConfig(ReplayConfig):
     png: bool = option(False, "with --num-samples: PNG files too")
     shard_size: int = option(128, "images per shard of --num-samples", low=1)
     timeout: int = option(
-        900, "with --num-samples: seconds to wait for a process that makes no image", low=1
+        900, "with --num-samples: seconds without a new image after which it gives up", low=1
     )
     seed: int = option(0, "seed of noise and labels", aliases=("--global-seed",), low=0, high=2**32)
     batch_size: int = option(64, "images per forward", low=1)

@@ -26,6 +26,7 @@ from harmonica.files import (
     read_array,
     read_json,
     recorded,
+    remove_unfinished,
     sha256,
     write_atomically,
     write_record,
@@ -123,12 +124,18 @@ class ShardFolder:
         if not (self.root / MANIFEST).exists():
             content = json.dumps(asdict(self.origin), indent=1).encode()
             write_atomically(self.root / MANIFEST, content)
-        try:
+        with self._writing():
             (self.root / SHARDS).mkdir(exist_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Where the folder cannot be written to, that is said."""
+        try:
+            yield
         except OSError as error:
             raise HarmonicaError(
-                f"{self._flag} {self.root} cannot be written to ({error.strerror}); pass another "
-                "folder"
+                f"{self._flag} {self.root} cannot be written to ({error.strerror}); mend that or "
+                "pass another folder"
             ) from None
 
     def refuse_foreign(self) -> None:
@@ -216,16 +223,20 @@ class ShardFolder:
 
     def show_life(self) -> None:
         """For processes that wait for this one: see ``life``."""
-        os.utime(self._claims)
+        with self._writing():
+            os.utime(self._claims)
 
     def life(self) -> int:
         """Another number whenever any process has shown life; not a time, as clocks differ."""
-        return self._claims.stat().st_mtime_ns
+        with self._writing():
+            return self._claims.stat().st_mtime_ns
 
     @contextlib.contextmanager
     def claim(self, shard: Shard) -> Iterator[bool]:
         """Whether this process may make the shard, which nobody else does meanwhile."""
-        with self._claims.open("ab") as file:
+        with self._writing():
+            file = self._claims.open("ab")
+        with file:
             try:
                 # A byte of one file stands for a shard, whether it is in the file or not.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard.number)
@@ -237,8 +248,8 @@ class ShardFolder:
                     f"{self._flag} {self.root} is on a file system without locks "
                     f"({error.strerror}); choose another"
                 ) from None
-            for stale in (self.root / SHARDS).glob(f".{shard.start:06d}.*.tmp"):
-                stale.unlink(missing_ok=True)
+            of_shard = f"{shard.start:06d}."
+            remove_unfinished(self.root / SHARDS, lambda name: name.startswith(of_shard))
             yield True
 
     def write(self, shard: Shard, images: np.ndarray) -> None:
@@ -253,7 +264,8 @@ class ShardFolder:
             "shape": list(images.shape),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        self._manifest(shard).unlink(missing_ok=True)  # of what is replaced
+        with self._writing():
+            self._manifest(shard).unlink(missing_ok=True)  # of what is replaced
         write_atomically(self._data(shard), content)
         write_atomically(self._manifest(shard), json.dumps(manifest).encode())
 
@@ -294,9 +306,7 @@ class ShardFolder:
         made_of = (self._read_manifest(shard) or {}).get("sha256")
         digests = []
         own = {self.picture(index).name for index in shard.indices}
-        for stale in (self.root / PICTURES).glob(".*.tmp"):
-            if stale.name[1:].rsplit(".", 2)[0] in own:
-                stale.unlink(missing_ok=True)
+        remove_unfinished(self.root / PICTURES, own.__contains__)
         for index, image in zip(shard.indices, self.read(shard), strict=True):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, format="PNG")
@@ -320,8 +330,7 @@ class ShardFolder:
         path = self.root / f"samples_{size}.npz"
         if path.is_file() and recorded(path) == sha256(path):
             return path
-        for stale in self.root.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        remove_unfinished(self.root)
         header = {
             "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
             "fortran_order": False,

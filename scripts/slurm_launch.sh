@@ -4,21 +4,22 @@ export MASTER_ADDR
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 # With the store of the rendezvous shared, a restart can meet what the last attempt left in it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# srun does not take it over from sbatch.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 launch() {
   srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     --rdzv_endpoint="$MASTER_ADDR:29500" --max-restarts=3 "$@" &
-  local running=$! status=0
+  local running=$! status ending=0 interrupted=1
 
-  # torchrun passes SIGTERM on: what there is is made safe, and all processes leave.
-  ending=0
-  trap 'ending=1; kill -TERM '"$running"' 2>/dev/null' USR1 TERM
-  wait "$running" || status=$?
-  # A signal interrupts the waiting; the processes want a moment to end.
-  while kill -0 "$running" 2>/dev/null; do
-    status=0
+  # Not to srun, which answers SIGTERM by killing what it runs. This goes to the processes of all
+  # steps: what there is is made safe, and all leave.
+  trap 'ending=1 interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+  # A signal interrupts the waiting. The status of srun is to be had even if it has ended meanwhile.
+  while [ "$interrupted" -eq 1 ]; do
+    interrupted=0 status=0
     wait "$running" || status=$?
   done
   if [ "$ending" -eq 1 ] && [ "$status" -ne 0 ]; then

@@ -26,6 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harmonica.backbone import check_gpus
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.files import sha256, write_atomically
 from harmonica.labelled_images import load_labelled_images
@@ -186,6 +187,7 @@ def main() -> None:
             "pass a folder with the same"
         )
     batches = Batches(images, labels, config.batch_size, config.seed)
+    check_gpus()
     state = PartialState(cpu=not torch.cuda.is_available())
     weights = train(config, batches, len(classes), state)
     accuracy = export(config, weights, images, (test_images, test_labels), state)

@@ -18,6 +18,7 @@ import yaml
 from conftest import ROOT, run_command
 from PIL import Image
 
+from harmonica import commands
 from harmonica.comparison.config import CompareConfig
 from harmonica.flops import Costs
 from harmonica.options import CommandParser, build_parser, resolve
@@ -499,6 +500,28 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
         assert message.startswith("error: ") and message.count("\n") == 1, message
         assert named in message, (named, message)
         assert sorted(tmp_path.rglob("*")) == before, f"{arguments} left files behind"
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        (commands.train, ["--results-dir", "out"]),
+        (commands.sample, ["--num-samples", "2", "--out", "out"]),
+        (commands.evaluate, ["--uncached", "--out", "out"]),
+    ],
+    ids=["train", "sample", "evaluate"],
+)
+def test_more_processes_than_gpus_are_refused(program, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("sys.argv", ["program", *flags])
+    with pytest.raises(SystemExit) as refusal:
+        program()
+    said = "error: --nproc_per_node 4 is more than the 2 GPUs of this machine; use 2\n"
+    assert refusal.value.code == 2 and capsys.readouterr().err == said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_checkpoint_offline_says_what_to_do(tmp_path):

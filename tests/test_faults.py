@@ -3,9 +3,11 @@
 ``--soak`` is the nightly form: many rounds of every fault, and a table at the end.
 """
 
+import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from permissions import obey_permissions
 from processes import Group
 from test_resume import content, without_pictures
 
@@ -185,6 +188,34 @@ def test_signals_while_a_checkpoint_is_written(trained, tmp_path, rounds, faults
     assert learned(tmp_path) == expected
 
 
+def long_work() -> None:
+    """Something takes longer than the grace of a signal."""
+    from harmonica import interruption
+    from harmonica.many_samples import Maker
+    from harmonica.training.learner import StepwiseLearner
+
+    def long(self, *_):
+        Path("busy").touch()
+        time.sleep(60)
+
+    interruption.GRACE_S, Maker._batch, StepwiseLearner.refresh_weights = 0.2, long, long
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "standing"),
+    [
+        ("train", TRAIN, "the last good checkpoint is .*: go on with --resume runs/"),
+        ("sample", SAMPLE, "images of its shard are lost; .* a smaller --shard-size"),
+    ],
+)
+def test_what_has_to_be_ended_says_where_it_stands(program, arguments, standing, tmp_path):
+    group = Group(program, *arguments, folder=tmp_path, ranks=1, fault=long_work)
+    group.wait_until((tmp_path / "busy").exists)
+    group.kill(0, signal.SIGTERM)
+    assert group.wait(30) == [128 + signal.SIGTERM], group.said()
+    assert re.search(f"^stopped by SIGTERM; .*{standing}", group.said(), re.MULTILINE), group.said()
+
+
 def test_a_process_that_does_not_answer_ends_the_run(tmp_path, nightly, faults):
     group = Group(
         "train",
@@ -207,19 +238,16 @@ def test_a_process_that_does_not_answer_ends_the_run(tmp_path, nightly, faults):
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, faults):
-    """Read-only; for root, which may write anyway, it is one of the kernel's."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "out").mkdir()
     for folder in ("runs", "out"):
-        (tmp_path / folder).chmod(0o555)
-    if os.geteuid() == 0:
-        for folder in ("runs", "out"):
-            (tmp_path / folder).rmdir()
-            (tmp_path / folder).symlink_to("/proc/sys/kernel")
-    for program, arguments in {"train": [*TRAIN, "--max-steps", 2], "sample": SAMPLE}.items():
+        (tmp_path / folder).mkdir(mode=0o555)
+    for program, arguments, flag in (
+        ("train", [*TRAIN, "--max-steps", 2], "--results-dir runs"),
+        ("sample", SAMPLE, "--out out"),
+    ):
         faults.add("a folder that cannot be written to")
-        group = Group(program, *arguments, folder=tmp_path, ranks=1)
+        group = Group(program, *arguments, folder=tmp_path, ranks=1, fault=obey_permissions)
         assert group.wait() == [2], group.said()
+        assert f"error: {flag} cannot be written to (Permission denied)" in group.said()
         assert group.said().count("error: ") == 1 and "Traceback" not in group.said()
 
 
@@ -251,17 +279,38 @@ def test_elastic_restarts_go_on(tmp_path, nightly, faults):
     assert [json.loads(line)["update"] for line in lines] == list(range(2, 17, 2))
 
 
-def stand_ins_for_slurm(folder: Path) -> dict[str, str]:
-    """One node: srun starts the one task here, scontrol knows the host and notes a requeue."""
+# Like the real one, it kills what it started when it is asked to end.
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+echo $SRUN_CPUS_PER_TASK > cpus
+"$@" & step=$!
+echo $step > step; echo $$ > srun
+trap 'kill -KILL $step $(cat /proc/$step/task/$step/children)' TERM HUP
+wait $step
+"""
+SCANCEL = """
+[ "$*" = "--signal=TERM 7" ] || exit 1
+step=$(cat step)
+kill -TERM $step $(cat /proc/$step/task/$step/children)
+"""
+UNTIL_SRUN_ENDED = "while kill -0 $(cat srun); do sleep 0.02; done"
+
+
+def stand_ins_for_slurm(folder: Path, **changes: str) -> dict[str, str]:
+    """One node: srun starts the one task here, scancel signals it and its children, scontrol knows
+    the host and notes a requeue.
+    """
     scripts = {
-        "bin/srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "bin/srun": SRUN,
+        "bin/scancel": SCANCEL,
         "bin/scontrol": 'case "$1" in show) echo 127.0.0.1;; *) echo "$@" >> requeued;; esac',
         ".venv/bin/python": f'exec {sys.executable} "$@"',
+        **changes,
     }
-    for name, line in scripts.items():
+    for name, script in scripts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
     for name in ("train_router.py", "sample.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -270,18 +319,44 @@ def stand_ins_for_slurm(folder: Path) -> dict[str, str]:
         **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT), "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "3",
     }  # fmt: skip
 
 
+def slurm_job(folder: Path, environment: dict[str, str], script: str, *arguments):
+    return subprocess.Popen(
+        [str(ROOT / "scripts" / script), *map(str, arguments)], cwd=folder, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("status", "scancel"),
+    [(143, ""), (0, ""), (0, UNTIL_SRUN_ENDED)],
+    ids=["cut short", "done", "done at once"],
+)
+def test_a_job_is_asked_to_end_and_comes_back_unless_it_was_done(tmp_path, signum, status, scancel):
+    """What ends it takes a moment, or is over before the script looks again."""
+    asked = f"trap 'sleep 0.1; touch safe; exit {status}' TERM; touch started; while sleep 0.02"
+    environment = stand_ins_for_slurm(
+        tmp_path,
+        **{".venv/bin/python": f"{asked}; do :; done", "bin/scancel": f"{SCANCEL}{scancel}"},
+    )
+    job = slurm_job(tmp_path, environment, "slurm_train.sh")
+    while not (tmp_path / "started").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+    job.send_signal(signum)
+    said, _ = job.communicate(timeout=30)
+    assert (tmp_path / "safe").exists(), said
+    assert job.returncode == status, said
+    assert (tmp_path / "requeued").exists() == (status != 0)
+    assert (tmp_path / "cpus").read_text() == "3\n"
+
+
 def test_a_preempted_job_comes_back(tmp_path, nightly, faults):
-    environment = stand_ins_for_slurm(tmp_path)
-
-    def job(script: str, *arguments) -> subprocess.Popen:
-        return subprocess.Popen(
-            [str(ROOT / "scripts" / script), *map(str, arguments)], cwd=tmp_path, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
+    job = functools.partial(slurm_job, tmp_path, stand_ins_for_slurm(tmp_path))
     training = [*TRAIN[:-4], "--results-dir", "runs"]
     first = job("slurm_train.sh", *training, "--max-steps", "400")
     while updates(tmp_path) < 6:

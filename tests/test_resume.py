@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,20 +15,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, free_port
 from families import PIXART, tiny, tiny_specs
+from permissions import read_only
 from processes import Group
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
+from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import sha256, write_checked
-from harmonica.options import flag_of
+from harmonica.lock import held
+from harmonica.options import build_parser, flag_of, resolve
 from harmonica.prompts import EncodedPrompts, save_prompts
-from harmonica.training.checkpoint import Checkpoints, unpack
+from harmonica.training.batches import Batches
+from harmonica.training.checkpoint import Checkpoints, Stage, unpack
 from harmonica.training.config import TrainConfig
 from harmonica.training.exchanges import Exchanges
+from harmonica.training.objective import ESTIMATORS
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
 from models import MODELS
@@ -87,12 +96,13 @@ def whole(tmp_path_factory) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def full_disk():
-    """No file may grow beyond 4 kB, which is less than a checkpoint."""
+def full_disk(room: int = 4096):
+    """No file may grow beyond so many bytes, by default less than a checkpoint."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # pytest keeps it in a file
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -135,6 +145,38 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
         with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
             train(tmp_path, max_steps=7, resume="auto")
     assert (directory.path / "metrics.jsonl").read_text() == lines[0]
+
+
+def test_a_lock_holds_on_a_disk_without_any_room(tmp_path, faults):
+    """Who holds it is not written down; what is to be written then is refused in a sentence."""
+    faults.add("disk full")
+    with full_disk(0):
+        with (
+            held(tmp_path / ".lock", "it"),
+            pytest.raises(HarmonicaError, match="it is in use by another process; wait for it"),
+            held(tmp_path / ".lock", "it"),
+        ):
+            pass
+        with pytest.raises(HarmonicaError, match=r"cannot write .*config\.yaml: .*; make room"):
+            train(tmp_path / "runs", max_steps=3)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_a_run_that_has_become_read_only_is_refused(whole, tmp_path, faults):
+    """Its folder, or that of its checkpoints, in which a process was killed while it wrote."""
+    directory = RunDirectory(tmp_path / whole.path.name)
+    shutil.copytree(whole.path, directory.path)
+    before = sha256(newest(directory))
+    unfinished = directory.checkpoints / ".0000008.pt.0123abcd.tmp"
+    unfinished.touch()
+    faults.add("a folder that cannot be written to", 2)
+    for paths, said in {
+        (directory.path, directory.path / ".lock"): "the run .* cannot be written to",
+        (directory.checkpoints,): r"cannot write .*0000008\.pt.*; the last good checkpoint is",
+    }.items():
+        with read_only(*paths), pytest.raises(HarmonicaError, match=said):
+            train(tmp_path, max_steps=9, resume="auto")
+    assert sha256(newest(directory)) == before and unfinished.is_file()
 
 
 @pytest.mark.parametrize("way", ["learning-to-cache", "trajectory"])
@@ -222,32 +264,36 @@ def test_accelerate_launches_it(tmp_path):
     assert (tmp_path / "results" / "000-DiT-Ti-4-T3" / "router.safetensors").is_file()
 
 
-def test_exchanges_end_at_a_signal_and_are_made_again(tmp_path, monkeypatch):
+def test_exchanges_end_at_a_signal_and_go_on(tmp_path, monkeypatch):
     options = {
-        "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 1, "max_steps": 2,
-        "refine": 2, "predictor": "learned", "fit": "least-squares",
+        "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 3, "max_steps": 2,
+        "refine": 6, "predictor": "learned", "coefficient_lr": 0.03,
     }  # fmt: skip
-    ended = []
-
-    def finished(self, directory):
-        ended.append((self.learner.schedule(), self.learner.history))
-
-    monkeypatch.setattr(Training, "_export", finished)
-    train(tmp_path / "one", **options)
-    attempt, attempts = Exchanges.attempt, []
+    attempt, attempts, ended = Exchanges.attempt, [], []
 
     def interrupted(self, count):
         attempts.append(count)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if len(attempts) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
         return attempt(self, count)
 
+    monkeypatch.setattr(
+        Training, "_export", lambda self, directory: ended.append(self.learner.best)
+    )
+    one = train(tmp_path / "one", **options)
     with monkeypatch.context() as patched:
         patched.setattr(Exchanges, "attempt", interrupted)
-        with pytest.raises(Interrupted, match=r"0000002\.pt: go on with --resume"):
+        with pytest.raises(Interrupted, match=r"0000002-0003\.pt: go on with --resume"):
             train(tmp_path / "two", **options)
-    assert len(attempts) == 1
-    train(tmp_path / "two", resume="auto", **options)
-    assert ended[0] == ended[1]
+        two = train(tmp_path / "two", resume="auto", **options)
+    assert attempts == [1, 2] * 3
+    assert learned(one) == learned(two) and ended[0].schedule == ended[1].schedule
+    assert ended[0].history == ended[1].history and torch.equal(ended[0].logits, ended[1].logits)
+    # Further updates know nothing of exchanges before them.
+    longer = {**options, "max_steps": 4}
+    train(tmp_path / "two", resume="auto", **longer)
+    assert learned(train(tmp_path / "whole", **longer)) == learned(two)
+    assert ended[2].history == ended[3].history
 
 
 def test_a_run_does_not_go_on_with_other_files(tmp_path, labelled_images, bundled_costs):
@@ -349,6 +395,42 @@ def test_a_run_goes_on_only_as_what_it_is(tmp_path, faults):
         trainer.run()
 
 
+def files_of(directory: RunDirectory) -> dict[str, str]:
+    """Content of what is recorded of a run."""
+    return {
+        str(path.relative_to(directory.path)): sha256(path)
+        for path in directory.path.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_run_goes_on_with_its_weights_wherever_they_are_and_with_no_others(tmp_path):
+    own, moved, others = (tmp_path / f"{name}.safetensors" for name in ("own", "moved", "others"))
+    save_file(load_backbone(BackboneConfig(), torch.device("cpu")).model.state_dict(), own)
+    weights = load_file(own)
+    save_file({name: 1.01 * tensor for name, tensor in weights.items()}, others)
+
+    def train_on(ckpt: Path, **options) -> RunDirectory:
+        return train(tmp_path / "runs", ckpt=ckpt, **options)
+
+    directory = train_on(own, max_steps=2, resume="auto")
+    own.rename(moved)
+    assert train_on(moved, max_steps=4, resume="auto").path == directory.path
+    moved.rename(own)
+    assert train_on(own, max_steps=6, resume=str(directory.path)).path == directory.path
+    assert newest(directory).stem == "0000006"
+
+    before = files_of(directory)
+    assert train_on(others, max_steps=2, resume="auto").path != directory.path
+    with pytest.raises(HarmonicaError, match=r"was trained on weights .* with --ckpt"):
+        train_on(others, max_steps=8, resume=str(directory.path))
+    assert files_of(directory) == before
+    # Earlier versions did not write down which weights a run is on.
+    for recorded in (tmp_path / "runs").glob("*/weights.txt"):
+        recorded.unlink()
+    assert train_on(others, max_steps=4, resume="auto").path.name.startswith("001-")
+
+
 def test_the_newest_checkpoints_are_kept_and_lie_close_enough(tmp_path):
     directory = train(tmp_path, max_steps=6, ckpt_every=3, keep_ckpts=2)
     assert [path.name for path in sorted(directory.checkpoints.glob("*.pt"))] == [
@@ -358,9 +440,63 @@ def test_the_newest_checkpoints_are_kept_and_lie_close_enough(tmp_path):
     # Trajectories of two updates: a third checkpoint would come after four.
     checkpoints = Checkpoints(tmp_path / "other", every=5, keep=9)
     for updates in range(0, 20, 2):
-        checkpoints.hold(updates, {}, sweep_length=2)
-    saved = [int(path.stem) for path in sorted((tmp_path / "other").glob("*.pt"))]
-    assert saved == [4, 8, 12, 16]
+        checkpoints.hold(Stage(updates), {}, sweep_length=2)
+    saved = [path.stem for path in sorted((tmp_path / "other").glob("*.pt"))]
+    assert [int(name) for name in saved] == [4, 8, 12, 16]
+    # Exchanges after the last update, and updates after those.
+    for stage in [*(Stage(18, trials) for trials in range(9)), Stage(19), Stage(20)]:
+        checkpoints.hold(stage, {}, sweep_length=1)
+    saved = [path.stem for path in checkpoints._found()[4:]]
+    assert saved == ["0000018-0003", "0000018-0008"]
+    assert checkpoints.latest()[1] == [f"going on from {tmp_path / 'other' / '0000018-0008.pt'}"]
+
+
+def test_checkpoints_are_written_before_the_end_by_default():
+    config = TrainConfig(objective="trajectory")
+    assert 4 * config.ckpt_every < config.max_steps
+    arguments = build_parser(TrainConfig, "").parse_args(
+        ["--config", str(ROOT / "configs" / "dit_xl2_256_t20.yaml"), "--objective", "trajectory"]
+    )
+    assert resolve(TrainConfig, arguments).ckpt_every == config.ckpt_every
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_image_errors_that_are_not_finite_name_their_samples(estimator, tmp_path, monkeypatch):
+    sound = Batches.__call__
+
+    def broken(self, purpose, number, samples):
+        batch = sound(self, purpose, number, samples)
+        if purpose == "lambda":
+            batch.x_T[2] = torch.nan
+        return batch
+
+    monkeypatch.setattr(Batches, "__call__", broken)
+    with pytest.raises(HarmonicaError, match=r"image-error weights of update 0 \(samples 2\)"):
+        train(tmp_path, max_steps=2, lambda_estimator=estimator)
+
+
+class Scaled(Training):
+    """As under fp16, which a CPU does not have, with gradients of a step that are not finite."""
+
+    def __init__(self, config: TrainConfig, times: int):
+        super().__init__(config)
+        self.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        learner, left = self.learner, iter(range(times))
+        learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, scaler=scaler)
+        for row in learner.router.rows:
+            row.register_hook(lambda grad: grad * (1 if next(left, None) is None else torch.inf))
+
+
+def test_gradients_that_never_become_finite_stop_the_run_under_fp16_too(tmp_path):
+    config = TrainConfig(results_dir=tmp_path, **SMALL, max_steps=8)
+    trainer = Scaled(config, times=3)
+    trainer.run()
+    assert trainer.learner.updates == 8 and trainer.accelerator.scaler.get_scale() == 0.5
+    trainer = Scaled(config, times=8)
+    before = trainer.learner.router.logits()
+    with pytest.raises(HarmonicaError, match="not finite at step 2 of trajectory 1, update 3 "):
+        trainer.run()
+    assert torch.equal(trainer.learner.router.logits(), before)
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tmp_path):

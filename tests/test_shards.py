@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -13,18 +14,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from families import tiny, tiny_specs
+from permissions import read_only
 from PIL import Image
 from processes import CONTEXT, Group
 from safetensors.torch import save
 from test_resume import full_disk
 
 from harmonica import commands, many_samples
+from harmonica.autoencoder import load_decoder
+from harmonica.backbone import load_backbone
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.files import Npz, sha256, write_atomically, write_checked
 from harmonica.lock import held
-from harmonica.many_samples import sample_many
+from harmonica.many_samples import Maker, sample_many
+from harmonica.randomness import Draws
 from harmonica.sample_config import SampleConfig
+from harmonica.sampling import eight_bit, sample
 from harmonica.shards import DamagedShard, Origin, ShardFolder, divide
 from models import MODELS, WeightSource
 
@@ -50,7 +57,30 @@ def states(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def test_samples_are_in_order_with_classes_in_turn(made):
+def of_labels(backbone, labels: list[int]) -> np.ndarray:
+    """Image i of label i, as signed numbers, which can be subtracted."""
+    draws, indices = Draws(FEW.seed, "sample"), range(len(labels))
+    latents = sample(backbone, None, draws, indices, torch.tensor(labels))
+    pixels = eight_bit(load_decoder(FEW, torch.device("cpu"))(latents))
+    return pixels.permute(0, 2, 3, 1).numpy().astype(int)
+
+
+def test_samples_are_of_classes_in_turn(made, tmp_path):
+    chosen = (3, 5, 7)
+    sample_many(replace(FEW, out=tmp_path / "chosen", classes=chosen))
+    backbone = load_backbone(FEW, torch.device("cpu"))
+    for out, labels in (
+        (made, list(range(10))),
+        (tmp_path / "chosen", [chosen[i % 3] for i in range(10)]),
+    ):
+        images = Npz(out / NAME, "--samples")["arr_0"].whole()
+        # In a batch they are rounded otherwise.
+        assert np.abs(images - of_labels(backbone, labels)).max() <= 1
+        others = np.abs(images - of_labels(backbone, [(label + 1) % 10 for label in labels]))
+        assert others.max(axis=(1, 2, 3)).min() > 1
+
+
+def test_samples_are_in_order(made):
     images = Npz(made / NAME, "--samples")["arr_0"]
     assert images.shape == (10, 32, 32, 3) and images.dtype == np.uint8
     for index, image in enumerate(images.whole()):
@@ -59,6 +89,25 @@ def test_samples_are_in_order_with_classes_in_turn(made):
     assert len({image.tobytes() for image in images.whole()}) == 10
     with np.load(made / NAME, allow_pickle=False) as file:
         assert (file["arr_0"] == images.whole()).all()
+
+
+def test_the_bar_shows_images_per_second_and_the_time_left(tmp_path, monkeypatch, capsys):
+    """However slow it is, and of all images, of which some may be there."""
+    out, clock, batch = tmp_path / "samples", [0.0], Maker._batch
+    sample_many(replace(FEW, out=out, num_samples=3, png=False))
+
+    def slow(self, indices):
+        clock[0] += 100 * len(indices)
+        return batch(self, indices)
+
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr(Maker, "_batch", slow)
+    capsys.readouterr()
+    sample_many(replace(FEW, out=out, num_samples=6, png=False))
+    shown = re.findall(r"samples: +\d+%\|.*?\| (\d/6 \[.*?\])", capsys.readouterr().err)
+    assert shown[0] == "3/6 [00:00<?, ?image/s]"
+    assert "4/6 [01:40<03:20,  0.01image/s]" in shown
+    assert shown[-1] == "6/6 [05:00<00:00,  0.01image/s]"
 
 
 def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(made, tmp_path, faults):
@@ -194,8 +243,39 @@ def test_a_full_disk_ends_it_and_what_was_made_stands(made, tmp_path, faults):
         sample_many(replace(FEW, out=out))
     after = states(out)
     assert before.items() <= after.items() and not list(out.rglob("*.tmp"))
+    with full_disk(0), pytest.raises(HarmonicaError, match=r"cannot write .*000003.npy: "):
+        sample_many(replace(FEW, out=out))
     sample_many(replace(FEW, out=out))
     assert sha256(out / NAME) == sha256(made / NAME)
+
+
+def test_a_folder_that_has_become_read_only_is_refused(made, tmp_path, faults):
+    """All of it or a part, in which something is missing and something was left unfinished."""
+    out = tmp_path / "samples"
+    shutil.copytree(made, out)
+    shards, images = out / "shards", out / "images"
+    for folder, name in ((shards, "000003.npy"), (images, "000004.png"), (out, NAME)):
+        (folder / name).write_bytes(b"")
+        (folder / f".{name}.0123abcd.tmp").touch()
+    for paths, said in {
+        (out, out / ".lock"): "--out .* cannot be written to",
+        (shards, shards / ".claims"): "--out .* cannot be written to",
+        (shards,): "--out .* cannot be written to",
+        (images,): "cannot write .*000003.png",
+        (out,): f"cannot write .*{NAME}",
+    }.items():
+        faults.add("a folder that cannot be written to")
+        with read_only(*paths), pytest.raises(HarmonicaError, match=rf"{said}.*Permission denied"):
+            sample_many(replace(FEW, out=out))
+    sample_many(replace(FEW, out=out))
+    assert sha256(out / NAME) == sha256(made / NAME) and not list(out.rglob("*.tmp"))
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path):
+    folder = ShardFolder(tmp_path / "out", Origin({}, "weights", None))
+    for use in (folder.show_life, folder.life, folder.claim(divide(1, 1)[0]).__enter__):
+        with pytest.raises(HarmonicaError, match=r"--out .* cannot be written to \(No such file"):
+            use()
 
 
 def test_a_signal_ends_it_between_batches_and_it_goes_on(made, tmp_path, monkeypatch, faults):

@@ -14,13 +14,14 @@ from harmonica.budget import Budget
 from harmonica.cache import Cache, Replay
 from harmonica.engine import Engine
 from harmonica.errors import HarmonicaError
-from harmonica.predictors import LAST, Extrapolation, Learned, combine
+from harmonica.predictors import LAST, Extrapolation, LastValue, Learned, combine
 from harmonica.router import threshold_schedule
 from harmonica.router_file import load_router, load_schedule_file
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.training.coefficients import Coefficients, fit_coefficients
 from harmonica.training.config import TrainConfig
+from harmonica.training.consensus import NotFinite
 from harmonica.training.exchanges import Exchanges
 from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout
@@ -197,7 +198,7 @@ def test_training_on_images_meets_its_budget_and_never_gets_worse(tmp_path):
     learner = running.learner
     before = learner.router.logits()
     folder = running.run().path
-    exported, errors = load_router(folder).schedule, [error for _, error in learner.history]
+    exported, errors = load_router(folder).schedule, [error for _, error in learner.best.history]
     assert abs(exported.cur - 0.4) <= 0.5 / exported.compute.size
     assert len(errors) > 3 and errors[-1] < errors[0]
     assert not torch.equal(before, learner.router.logits())
@@ -222,11 +223,11 @@ def test_exported_scores_give_the_exported_schedule(tmp_path):
 def test_a_worse_trial_changes_nothing(tmp_path, monkeypatch):
     running = trainer(tmp_path)
     learner = running.learner
-    best, scores, error = learner.best, learner.best_logits, learner.history[0][1]
+    best, scores, error = learner.schedule(), learner.logits(), learner.best.error
     monkeypatch.setattr(learner.values.held_out, "error", lambda schedule: 2 * error)
     learner.sweep()
     assert learner.schedule() == best and torch.equal(learner.logits(), scores)
-    assert [found for _, found in learner.history] == [error, error]
+    assert [found for _, found in learner.best.history] == [error, error]
 
 
 def test_a_trial_that_is_not_finite_is_no_trial(tmp_path, monkeypatch):
@@ -234,9 +235,33 @@ def test_a_trial_that_is_not_finite_is_no_trial(tmp_path, monkeypatch):
     held_out = running.learner.values.held_out
     error, answers = held_out.error, iter([float("nan"), 0.0])
     monkeypatch.setattr(held_out, "error", lambda schedule: next(answers, None) or error(schedule))
-    before = running.learner.history[0][1]
+    before = running.learner.best.error
     running.learner.sweep()
-    assert running.learner.history[-1][1] == before
+    assert running.learner.best.error == before
+
+
+def test_held_out_seeds_prefer_what_is_finite(tmp_path, monkeypatch):
+    learner = trainer(tmp_path, predictor="learned", coefficients="scalar").learner
+    held_out, plan = learner.values.held_out, replace(learner.schedule(), predictor=LAST)
+    breaks = {LastValue}
+
+    class Overflowing(Engine):
+        """In half precision a part of the images may not be finite."""
+
+        def __call__(self, batch):
+            images = super().__call__(batch)
+            if type(self.schedule.predictor) in breaks:
+                images[0] = torch.nan
+            return images
+
+    monkeypatch.setattr("harmonica.training.held_out.Engine", Overflowing)
+    assert held_out.error(plan) == float("inf")
+    sampler = learner.backbone.sampler
+    assert isinstance(held_out.better_base(plan, "time", sampler), Extrapolation)
+    assert isinstance(learner.values.decided(plan).predictor, Extrapolation)
+    breaks.add(Extrapolation)
+    with pytest.raises(NotFinite, match=r"held-out seeds are not finite .* --mixed-precision no"):
+        learner.values.decided(plan)
 
 
 @pytest.mark.parametrize("forecasts", [False, True])
@@ -253,8 +278,8 @@ def test_a_rollout_goes_on_from_any_position(golden: Golden, forecasts):
 
 def test_exchanges_keep_the_cost_and_only_what_is_better(tmp_path):
     learner = trainer(tmp_path, held_out_batch_size=4).learner
-    held_out, start = learner.values.held_out, learner.best
-    search = Exchanges(held_out, start, learner.best_logits, seed=0)
+    held_out, start = learner.values.held_out, learner.schedule()
+    search = Exchanges(held_out, start, learner.logits(), seed=0)
     assert search.error == pytest.approx(held_out.error(start), rel=1e-4)
     kept, error = [], search.error
     for trial in range(12):
@@ -273,7 +298,7 @@ def test_exchanges_keep_the_cost_and_only_what_is_better(tmp_path):
 def test_exchanges_share_what_comes_before(tmp_path, most_bytes, stride):
     """Positions that fit are kept; without any, a candidate starts from noise."""
     learner = trainer(tmp_path, held_out_batch_size=4).learner
-    search = Exchanges(learner.values.held_out, learner.best, learner.best_logits, 0, most_bytes)
+    search = Exchanges(learner.values.held_out, learner.schedule(), learner.logits(), 0, most_bytes)
     tally, samples, firsts, rolled_out = learner.batches.tally, 2, [], search._rolled_out
     search._rolled_out = lambda schedule, s: firsts.append(s) or rolled_out(schedule, s)
     for _ in range(8):

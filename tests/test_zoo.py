@@ -44,7 +44,7 @@ from harmonica.report import choose_labels, sample_and_report
 from harmonica.router_file import load_router
 from harmonica.sample_config import SampleConfig
 from harmonica.samplers import SAMPLERS, create_sampler
-from harmonica.sampling import sample
+from harmonica.sampling import eight_bit, sample
 from harmonica.text_encoder import Reading, TextEncoder, encode_prompts
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
@@ -293,6 +293,42 @@ def test_evaluation_samples_image_i_of_prompt_i(zoo):
     )
     other = sample(subject.plan.backbone, None, draws, [3, 4], torch.tensor([1, 0]))
     assert not torch.allclose(latents, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*were (cut|encoded)")
+def test_many_samples_are_of_prompts_in_turn(zoo, tmp_path, tiny_t5):
+    """Encoded on another device, where numbers round otherwise, they are the same prompts."""
+    encoded = encode_prompts(PROMPTS.splitlines(), Reading(str(tiny_t5), 9, lowercases=True), CPU)
+    flags = {**zoo["tiny-PixArt"], "prompts": tmp_path / "prompts.safetensors"}
+    config = SampleConfig(
+        model="tiny-PixArt", num_samples=5, shard_size=2, num_sampling_steps=2,
+        out=tmp_path / "out", **flags,
+    )  # fmt: skip
+    save_prompts(flags["prompts"], encoded)
+    sample_many(config)
+    made = np.load(config.out / "samples_5x64x64x3.npz")["arr_0"]
+    backbone, decode = load_backbone(config, CPU), load_decoder(config, CPU)
+
+    def difference(*labels: int) -> np.ndarray:
+        """From the images of these prompts."""
+        draws = Draws(config.seed, "sample")
+        pixels = eight_bit(decode(sample(backbone, None, draws, range(5), torch.tensor(labels))))
+        apart = np.abs(made - pixels.permute(0, 2, 3, 1).numpy().astype(int))
+        return apart.max(axis=(1, 2, 3))
+
+    assert difference(0, 1, 2, 0, 1).max() <= 1  # rounded otherwise in a batch
+    assert difference(1, 2, 0, 1, 2).min() > 1
+
+    save_prompts(flags["prompts"], replace(encoded, tokens=1.001 * encoded.tokens))
+    (config.out / "shards" / "000002.json").unlink()
+    sample_many(config)
+    assert difference(0, 1, 2, 0, 1).max() <= 3
+    with pytest.raises(HarmonicaError, match=r"--out .* holds images made with --text-encoder"):
+        sample_many(replace(config, text_encoder="another"))
+    for other in ({"texts": ("a dog", *encoded.texts[1:])}, {"encoder": "another"}):
+        save_prompts(flags["prompts"], replace(encoded, **other))
+        with pytest.raises(HarmonicaError, match=r"--out .* holds images made with --prompts"):
+            sample_many(config)
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")

@@ -68,7 +68,7 @@ class Routers:
         shared = replace(self.config, compile=False)
         options.update(global_seed=cell.seed, results_dir=folder, resume="auto")
         config = shared.of(TrainConfig, **options)
-        known = RunDirectory.newest_like(folder, config)
+        known = RunDirectory.newest_like(folder, config, self.backbone.weights_hash)
         if known is not None and known.router.is_file():
             return known
         if known is None and cell.method in REFINED:

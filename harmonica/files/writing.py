@@ -50,6 +50,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         ) from None
 
 
+def remove_unfinished(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Remove what processes left that were killed while they wrote.
+
+    Args:
+        wanted: by the name of the file that it was to become.
+    """
+    for left in folder.glob(".*.tmp"):
+        if wanted(left.name[1:].rsplit(".", 2)[0]):
+            with contextlib.suppress(OSError):  # who writes next hears of it
+                left.unlink()
+
+
 def keep_lines(path: Path, keeps: Callable[[dict], bool]) -> None:
     """Drop lines of a JSON lines file, if there is one: also what is no line, or cut short."""
     if not path.exists():

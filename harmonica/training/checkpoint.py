@@ -5,14 +5,43 @@ import io
 import re
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from harmonica.errors import HarmonicaError
-from harmonica.files import read_checked, read_torch, record_of, write_checked
+from harmonica.files import (
+    read_checked,
+    read_torch,
+    record_of,
+    remove_unfinished,
+    write_checked,
+)
 
-_NAME = re.compile(r"\d{7,}\.pt")
+_NAME = re.compile(r"(\d{7,})(?:-(\d{4,}))?\.pt")
+
+
+class Stage(NamedTuple):
+    """How far a run has come: its updates, and exchanges that were tried after the last of them."""
+
+    updates: int
+    trials: int = 0
+
+    @property
+    def file(self) -> str:
+        return f"{self.updates:07d}{f'-{self.trials:04d}' if self.trials else ''}.pt"
+
+    @classmethod
+    def of_file(cls, name: str) -> "Stage | None":
+        """None if it is no checkpoint's."""
+        found = _NAME.fullmatch(name)
+        return found and cls(*map(int, found.groups(default="0")))
+
+    def since(self, earlier: "Stage") -> int:
+        """Updates and trials from an earlier stage to this one."""
+        if self.updates == earlier.updates:
+            return self.trials - earlier.trials
+        return self.updates - earlier.updates + self.trials
 
 
 class Checkpoints:
@@ -23,26 +52,29 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, every: int, keep: int):
-        """At most ``every`` updates, or a sweep if that is more, lie between two checkpoints."""
+        """At most ``every`` updates and trials, or a sweep if that is more, lie between two
+        checkpoints.
+        """
         self.folder, self.every, self.keep = folder, every, keep
-        self._held: tuple[int, bytes] | None = None
-        self._saved: int | None = None
+        self._held: tuple[Stage, bytes] | None = None
+        self._saved: Stage | None = None
         self._writing = threading.RLock()
 
-    def path(self, updates: int) -> Path:
-        return self.folder / f"{updates:07d}.pt"
+    def path(self, stage: Stage) -> Path:
+        return self.folder / stage.file
 
     @property
     def last(self) -> Path | None:
         """The one on disk from which training would go on."""
         return None if self._saved is None else self.path(self._saved)
 
-    def hold(self, updates: int, state: dict[str, Any], sweep_length: int) -> None:
-        """Keep the state after ``updates``; write it if it has to be before the next sweep ends."""
+    def hold(self, stage: Stage, state: dict[str, Any], sweep_length: int) -> None:
+        """Keep the state at a stage; write it if it has to be before the next sweep ends."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        self._held = (updates, buffer.getvalue())
-        if updates - (self._saved or 0) + sweep_length > self.every and updates > 0:
+        self._held = (stage, buffer.getvalue())
+        unsaved = stage.since(self._saved or Stage(0))
+        if unsaved + sweep_length > self.every and stage.updates > 0:
             self.save()
 
     def save(self) -> None:
@@ -54,9 +86,9 @@ class Checkpoints:
         with self._writing:
             if self._held is None or self._held[0] == self._saved:
                 return
-            updates, content = self._held
-            write_checked(self.path(updates), content)
-            self._saved = updates
+            stage, content = self._held
+            write_checked(self.path(stage), content)
+            self._saved = stage
             for path in self._found()[: -self.keep]:
                 path.unlink(missing_ok=True)
                 record_of(path).unlink(missing_ok=True)
@@ -69,8 +101,7 @@ class Checkpoints:
         Raises:
             HarmonicaError: all of them are, or were found to be when one was last looked for.
         """
-        for stale in self.folder.glob(".*.tmp"):  # of a process that was killed
-            stale.unlink(missing_ok=True)
+        remove_unfinished(self.folder)
         said = []
         for path in reversed(self._found()):
             try:
@@ -80,7 +111,7 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     path.rename(path.with_name(f"{path.name}.damaged"))
                 continue
-            self._saved = int(path.stem)
+            self._saved = Stage.of_file(path.name)
             return content, [*said, f"going on from {path}"]
         if any(self.folder.glob("*.pt.damaged")):
             raise HarmonicaError(
@@ -89,9 +120,9 @@ class Checkpoints:
         return None, [f"{self.folder} holds no checkpoint; training starts at its beginning"]
 
     def _found(self) -> list[Path]:
-        """Files by number of updates."""
-        files = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
-        return sorted(files, key=lambda path: int(path.stem))
+        """Files by stage."""
+        files = [path for path in self.folder.glob("*.pt") if Stage.of_file(path.name)]
+        return sorted(files, key=lambda path: Stage.of_file(path.name))
 
 
 def unpack(content: bytes) -> dict[str, Any]:

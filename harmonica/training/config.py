@@ -24,9 +24,11 @@ LENGTH_AND_OUTPUT = (
 # Also, if somebody asks for it: the remedies of a loss that is not finite.
 REMEDIES = ("lr", "coefficient_lr", "adam_eps", "mixed_precision")
 # By objective, whose updates are of one step or of a whole trajectory: their number without
-# --max-steps and --epochs, and model rows of each without --global-batch-size.
+# --max-steps and --epochs, model rows of each without --global-batch-size, and how many lie between
+# checkpoints without --ckpt-every.
 UPDATES = {"sdt": 1000, "trajectory": 40}
 ROWS = {"sdt": 16, "trajectory": 8}
+UNSAVED = {"sdt": 1000, "trajectory": 5}
 HELD_OUT_ROWS = 64  # at least: errors of seeds have heavy tails
 # What step-wise training alone takes notice of.
 STEPWISE = (
@@ -36,7 +38,7 @@ STEPWISE = (
 # What suits one objective and not the other.
 OF_OBJECTIVE = (
     *STEPWISE, "refine", "global_batch_size", "held_out_batch_size", "held_out_every", "lr",
-    "adam_eps", "max_steps", "epochs",
+    "adam_eps", "max_steps", "epochs", "ckpt_every",
 )  # fmt: skip
 
 
@@ -179,11 +181,14 @@ class TrainConfig(BackboneConfig):
     resume: str | None = option(
         None,
         "run directory to go on with, its options standing unless flags say otherwise; auto: the "
-        "newest one under --results-dir with the same options, or a new one",
+        "newest one under --results-dir with the same options and weights, or a new one",
     )
     log_every: int = option(100, "updates between lines of metrics.jsonl", low=1)
-    ckpt_every: int = option(
-        1000, "most updates between checkpoints, unless one trajectory has more", low=1
+    ckpt_every: int | None = option(
+        None,
+        "most updates between checkpoints, unless one trajectory has more, and most exchanges; "
+        "default: 1000, and 5 with --objective trajectory",
+        low=1,
     )
     keep_ckpts: int = option(3, "newest checkpoints that are kept", low=2)
     timeout: int = option(
@@ -207,6 +212,9 @@ class TrainConfig(BackboneConfig):
         if self.global_batch_size is None:
             rows = ROWS.get(self.objective, ROWS["sdt"])
             object.__setattr__(self, "global_batch_size", rows)
+        if self.ckpt_every is None:
+            unsaved = UNSAVED.get(self.objective, UNSAVED["sdt"])
+            object.__setattr__(self, "ckpt_every", unsaved)
         if self.lambda_batch_size is None:
             object.__setattr__(self, "lambda_batch_size", 2 * self.global_batch_size)
         if self.held_out_batch_size is None:

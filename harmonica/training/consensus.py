@@ -88,14 +88,20 @@ class Consensus:
         signum = self.interruption.signal or 0
         news = torch.stack([loss.detach(), torch.full_like(loss, float(signum > 0))])
         packed = self.accelerator.reduce(torch.cat([gradient.flatten(), news]), "mean")
-        # Under fp16 gradients overflow now and then: the scaler leaves out that update.
-        watched = packed[-2:-1] if self.accelerator.scaler is not None else packed[:-1]
-        stops, healthy = torch.stack([packed[-1], watched.isfinite().all()]).tolist()
+        finite = packed[-2].isfinite(), packed[:-2].isfinite().all()
+        stops, loss_is_finite, gradient_is_finite = torch.stack([packed[-1], *finite]).tolist()
         if stops:
             raise Interrupted(max(self._of_all(signum)))
-        if not healthy:
+        if not (loss_is_finite and (gradient_is_finite or self._may_overflow())):
             self._refuse(torch.cat([loss.detach()[None], gradient.flatten()]), origin)
         return packed[:-2].view_as(gradient)
+
+    def _may_overflow(self) -> bool:
+        """Under fp16 scaled gradients do now and then. The scaler leaves out such an update and
+        halves the scale, which below one is not the reason any more.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
 
     def average_all(self, learning: Sequence[Tensor], loss: Tensor, origin: Origin) -> None:
         """``average`` for the gradients of several parameters, in one collective."""

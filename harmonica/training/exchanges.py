@@ -4,7 +4,9 @@ Held-out seeds decide. A candidate is rolled out from a position that the best s
 before the two differ; what comes before is shared.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from harmonica.predictors import Learned
 from harmonica.schedule import Schedule
 from harmonica.training.held_out import HeldOut
+from harmonica.training.restored import count, number, tensor
 from harmonica.training.trajectory import Position, Rollout
 
 Place = tuple[int, int]
@@ -26,7 +29,9 @@ class Exchanges:
     Attributes:
         schedule: the best so far.
         logits: (T, N) scores whose lowest are what it reuses; they are exchanged along.
-        error: of its final latents on held-out seeds.
+        trials: how many there were.
+        errors: of the final latents on held-out seeds: where the search began, and whenever it
+            came to something better.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Exchanges:
     ):
         """``seed``: of the candidates, which are the same on all processes."""
         self.held_out, self.schedule, self.logits = held_out, schedule, logits
+        self.trials = 0
         self._generator = np.random.default_rng(seed)
         self._macs = np.array(schedule.costs.macs)
         self._predictor = schedule.predictor
@@ -48,7 +54,31 @@ class Exchanges:
         self._stride = self._steps_apart(rollout, most_bytes)
         # Of every batch, by step.
         self._kept = [{0: rollout.start(batch)} for batch in held_out.batches]
-        self._kept, self.error = self._rolled_out(schedule, 0)
+        self._kept, error = self._rolled_out(schedule, 0)
+        self.errors = [error]
+
+    @classmethod
+    def going_on(cls, held_out: HeldOut, start: Schedule, state: Mapping[str, Any]) -> "Exchanges":
+        """The search that ``state_dict`` was taken of; it began at ``start``."""
+        schedule = replace(start, compute=state["compute"].numpy())
+        search = cls(held_out, schedule, state["logits"].to(held_out.accelerator.device), seed=0)
+        search._generator.bit_generator.state = state["generator"]
+        search.trials, search.errors = state["trials"], list(state["errors"])
+        return search
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next trials follow from."""
+        return {
+            "compute": torch.from_numpy(self.schedule.compute.copy()),
+            "logits": self.logits,
+            "generator": self._generator.bit_generator.state,
+            "trials": self.trials,
+            "errors": list(self.errors),
+        }
+
+    @property
+    def error(self) -> float:
+        return self.errors[-1]
 
     def _rollout(self, schedule: Schedule) -> Rollout:
         return Rollout(schedule.compute, self._predictor)
@@ -84,6 +114,7 @@ class Exchanges:
         Returns:
             Whether they made the images better, and are kept.
         """
+        self.trials += 1
         compute, logits = self.schedule.compute.copy(), self.logits.clone()
         for _ in range(count):
             places = self._drawn(compute, logits)
@@ -99,8 +130,8 @@ class Exchanges:
         kept, error = self._rolled_out(schedule, int(changed[0]))
         is_better = error < self.error
         if is_better:
-            self.schedule, self.logits, self.error = schedule, logits, error
-            self._kept = kept
+            self.schedule, self.logits, self._kept = schedule, logits, kept
+            self.errors.append(error)
         return is_better
 
     def _drawn(self, compute: np.ndarray, logits: Tensor) -> tuple[Place, Place] | None:
@@ -120,3 +151,27 @@ class Exchanges:
     def _place(self, weights: np.ndarray) -> Place:
         place = self._generator.choice(weights.size, p=weights.ravel() / weights.sum())
         return int(place) // weights.shape[1], int(place) % weights.shape[1]
+
+
+def restored_search(state: Any, logits: Tensor) -> dict[str, Any]:
+    """What ``Exchanges.state_dict`` gave and a checkpoint kept; ``logits``: of the same model.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is something else.
+    """
+    compute = state["compute"]
+    if not isinstance(compute, Tensor) or compute.dtype != torch.bool:
+        raise ValueError("its exchanges have no schedule")
+    if compute.shape != logits.shape or not compute[0].all():
+        raise ValueError("its exchanges are of another model or sampler")
+    np.random.default_rng(0).bit_generator.state = state["generator"]  # or refuses it
+    errors = [number(error) for error in state["errors"]]
+    if not errors:
+        raise ValueError("its exchanges began nowhere")
+    return {
+        "compute": compute,
+        "logits": tensor(state["logits"], logits),
+        "generator": state["generator"],
+        "trials": count(state["trials"]),
+        "errors": errors,
+    }

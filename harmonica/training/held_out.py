@@ -1,5 +1,6 @@
 """Seeds that nothing is trained on decide what is kept."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from harmonica.samplers import Sampler
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
 from harmonica.training.config import TrainConfig
+from harmonica.training.consensus import NotFinite
 
 
 def forwards(batches: Batches, name: str, config: TrainConfig, samples: int) -> list[Trajectories]:
@@ -34,7 +36,9 @@ class HeldOut:
 
     @torch.no_grad()
     def error(self, schedule: Schedule) -> float:
-        """Mean squared error of the final latents against the uncached ones."""
+        """Mean squared error of the final latents against the uncached ones; infinite where it is
+        not a number.
+        """
         engine = Engine(schedule)
         return self.distance([engine(batch) for batch in self.batches])
 
@@ -44,11 +48,26 @@ class HeldOut:
             (mine - reference).square().flatten(1).mean(1)
             for mine, reference in zip(latents, self.references, strict=True)
         ]
-        return self.accelerator.reduce(torch.cat(errors).mean(), "mean").item()
+        error = self.accelerator.reduce(torch.cat(errors).mean(), "mean").item()
+        return error if math.isfinite(error) else math.inf  # nothing is less than NaN
+
+    def best(self, schedules: Sequence[Schedule]) -> Schedule:
+        """The one with the least error.
+
+        Raises:
+            NotFinite: none has an error that is a number.
+        """
+        errors = [self.error(schedule) for schedule in schedules]
+        if min(errors) == math.inf:
+            raise NotFinite(
+                "images of held-out seeds are not finite whatever stands in for skipped branches; "
+                "use --mixed-precision no, or check --ckpt and --cfg-scale"
+            )
+        return schedules[errors.index(min(errors))]
 
     def better_base(
         self, schedule: Schedule, coordinate: str, sampler: Sampler
     ) -> LastValue | Extrapolation:
         """What learned coefficients start from: the better of last values and linear forecasts."""
         bases = (LAST, create_predictor("taylor1", coordinate, sampler))
-        return min(bases, key=lambda base: self.error(replace(schedule, predictor=base)))
+        return self.best([replace(schedule, predictor=base) for base in bases]).predictor

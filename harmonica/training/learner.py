@@ -1,6 +1,6 @@
 """What a training run needs of a way of learning; and the published way, one row at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,12 +36,14 @@ class Learner(Protocol):
     Attributes:
         router: the scores.
         updates: optimiser steps so far.
+        trials: exchanges that were tried after the last of them.
         learns: whether there is any sweep to make; if not, ``finish`` does it all.
         sweep_length: most updates in a sweep.
     """
 
     router: Router
     updates: int
+    trials: int
     learns: bool
     sweep_length: int
 
@@ -69,12 +71,16 @@ class Learner(Protocol):
         """Pictures of how learning went."""
         ...
 
-    def finish(self) -> None:
-        """What is left to do after the last update, before the export."""
+    def finish(self, hold: Callable[[], None]) -> None:
+        """What is left to do after the last update, before the export.
+
+        Args:
+            hold: is called whenever ``state_dict`` has come further.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training stands on; randomness follows from counters and the seed."""
+        """Everything that training stands on, whether it goes on with updates or is at its end."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -87,6 +93,8 @@ class StepwiseLearner:
 
     With a budget beta is steered to it; without one it stays as given.
     """
+
+    trials = 0
 
     def __init__(
         self,
@@ -195,7 +203,8 @@ class StepwiseLearner:
         student = Student(batch, self.router.logits(), self.masking(), self.config.lambda_rows)
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
-        origin = Origin(f"the image-error weights of update {self.updates}", batch.indices)
+        where = f"the image-error weights of update {self.updates}"
+        origin = Origin(where, batch.indices, errors.finite)
         image, output = self.consensus.mean(torch.stack([errors.image, errors.output]), origin)
         return image.cpu(), output.cpu()
 
@@ -235,7 +244,7 @@ class StepwiseLearner:
         if self.refreshes:
             lambda_curve(folder / "lambda.png", self.refreshes)
 
-    def finish(self) -> None:
+    def finish(self, hold: Callable[[], None]) -> None:
         self.finished = self.values.decided(self.schedule())
 
     def sweep(self, remaining: int | None = None) -> dict[str, float]:

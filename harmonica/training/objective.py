@@ -116,15 +116,19 @@ class ImageErrors:
         image: (T,) lambda, mean squared change of the final sample.
         output: (T,) mean squared difference of teacher and student outputs at that step, both at
             the student's x_s: the error that the loss sees. It costs no further evaluation.
+        finite: (n,) whether all final samples of an index are finite.
     """
 
     image: Tensor
     output: Tensor
+    finite: Tensor
 
     @classmethod
-    def of(cls, image: list[Tensor], output: list[Tensor]) -> "ImageErrors":
+    def of(cls, image: list[Tensor], output: list[Tensor], samples: list[Tensor]) -> "ImageErrors":
+        """``samples``: final ones (n, C, H, W), of every rollout."""
         zero = torch.zeros_like(image[0])
-        return cls(torch.stack([zero, *image]), torch.stack([zero, *output]))
+        finite = torch.stack([x.flatten(1).isfinite().all(dim=1) for x in samples]).all(dim=0)
+        return cls(torch.stack([zero, *image]), torch.stack([zero, *output]), finite)
 
 
 def leave_one_out(student: Student) -> ImageErrors:
@@ -142,7 +146,8 @@ def leave_one_out(student: Student) -> ImageErrors:
             images += student.finish(waiting, reuses=True)
             waiting = []
         state = following
-    return ImageErrors.of([(state.x - image).square().mean() for image in images], output_errors)
+    changes = [(state.x - image).square().mean() for image in images]
+    return ImageErrors.of(changes, output_errors, [state.x, *images])
 
 
 def cumulative(student: Student) -> ImageErrors:
@@ -164,7 +169,7 @@ def cumulative(student: Student) -> ImageErrors:
     steps = zip(forks[:-1], outputs[1:], strict=True)
     output_errors = [batch.output_error(fork.first, here) for fork, here in steps]
     pairs = zip(images[1:], images[:-1], strict=True)
-    return ImageErrors.of([(a - b).square().mean() for a, b in pairs], output_errors)
+    return ImageErrors.of([(a - b).square().mean() for a, b in pairs], output_errors, images)
 
 
 ESTIMATORS = {"leave-one-out": leave_one_out, "cumulative": cumulative}

@@ -14,20 +14,20 @@ from accelerate.utils import broadcast_object_list
 
 from harmonica.errors import HarmonicaError, Interrupted
 from harmonica.interruption import Interruption
-from harmonica.training.checkpoint import Checkpoints, unpack
+from harmonica.training.checkpoint import Checkpoints, Stage, unpack
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import peers
 from harmonica.training.run_directory import RunDirectory
 
 
-def choose_run(config: TrainConfig) -> RunDirectory:
+def choose_run(config: TrainConfig, weights_hash: str) -> RunDirectory:
     """The run that --resume means, or a new one.
 
     Raises:
         HarmonicaError: it was trained otherwise, or there can be no new one.
     """
     if config.resume == "auto":
-        found = RunDirectory.newest_like(config.results_dir, config)
+        found = RunDirectory.newest_like(config.results_dir, config, weights_hash)
         if found is not None:
             return found
     elif config.resume is not None:
@@ -42,8 +42,12 @@ class Progress:
         directory: None on all but the main process.
     """
 
-    def __init__(self, config: TrainConfig, interruption: Interruption, is_main: bool):
-        self.config, self.interruption, self.is_main = config, interruption, is_main
+    def __init__(
+        self, config: TrainConfig, weights_hash: str, interruption: Interruption, is_main: bool
+    ):
+        """``weights_hash``: of what is trained for."""
+        self.config, self.weights_hash = config, weights_hash
+        self.interruption, self.is_main = interruption, is_main
         self.directory: RunDirectory | None = None
         self._checkpoints: Checkpoints | None = None
         self._lock = contextlib.ExitStack()
@@ -54,36 +58,48 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def start(self, prepare: Callable[[RunDirectory], None]) -> dict[str, Any] | None:
-        """Open the directory.
+    def start(
+        self,
+        load: Callable[[dict[str, Any]], None],
+        prepare: Callable[[RunDirectory], None],
+    ) -> None:
+        """Open the directory. It is of this run only when its checkpoint, if any, was taken.
 
         Args:
-            prepare: is called with it, on the main process.
-
-        Returns:
-            On every process the state that training goes on from; None at its beginning.
+            load: is called, on every process, with the state that training goes on from, unless it
+                is at its beginning; it may refuse that.
+            prepare: is called with the directory, on the main process.
 
         Raises:
             HarmonicaError: on every process, if the main one cannot have the directory, or there
-                are checkpoints and all are damaged.
+                are checkpoints and all are damaged or refused.
         """
-        content, refusal = None, None
+        content = self._by_main(self._open)
+        if content is not None:
+            load(unpack(content))
+        self._by_main(lambda: self._begin(prepare))
+
+    def _by_main(self, action: Callable[[], Any]) -> Any:
+        """What comes of it on the main process, which alone does it; on every process."""
+        found, refusal = None, None
         if self.is_main:
             try:
-                content = self._open()
-                prepare(self.directory)
+                found = action()
             except HarmonicaError as error:
                 refusal = str(error)
-        refusal, content = broadcast_object_list([refusal, content])
+        refusal, found = broadcast_object_list([refusal, found])
         if refusal is not None:
             raise HarmonicaError(refusal)
-        return None if content is None else unpack(content)
+        return found
+
+    def _begin(self, prepare: Callable[[RunDirectory], None]) -> None:
+        self.directory.record(replace(self.config, resume=None), self.weights_hash)
+        prepare(self.directory)
 
     def _open(self) -> bytes | None:
         config = self.config
-        self.directory = choose_run(config)
+        self.directory = choose_run(config, self.weights_hash)
         self._lock.enter_context(self.directory.exclusive())
-        self.directory.record(replace(config, resume=None))
         self._checkpoints = Checkpoints(
             self.directory.checkpoints, config.ckpt_every, config.keep_ckpts
         )
@@ -92,10 +108,10 @@ class Progress:
             print(*said, sep="\n", file=sys.stderr)
         return content
 
-    def hold(self, updates: int, state: Callable[[], dict[str, Any]], sweep_length: int) -> None:
+    def hold(self, stage: Stage, state: Callable[[], dict[str, Any]], sweep_length: int) -> None:
         """Keep what training stands on between two sweeps; write it where it is time."""
         if self._checkpoints is not None:
-            self._checkpoints.hold(updates, state(), sweep_length)
+            self._checkpoints.hold(stage, state(), sweep_length)
 
     def save(self) -> None:
         """Write what is held, from whichever thread."""
@@ -105,7 +121,7 @@ class Progress:
     @contextlib.contextmanager
     def secured(self) -> Iterator[None]:
         """However training ends, what it stands on is on disk, and it says how to go on."""
-        self.interruption.secure = self.save
+        self.interruption.secure, self.interruption.standing = self.save, self._standing
         with self.interruption:
             try:
                 with peers():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError
-from harmonica.files import keep_lines, read_json, write_atomically
+from harmonica.files import keep_lines, read_json, read_text, write_atomically
 from harmonica.lock import held
 from harmonica.options import read_preset, to_yaml
 from harmonica.output import commit
@@ -101,18 +101,33 @@ class RunDirectory:
         return cls(path)
 
     @classmethod
-    def newest_like(cls, parent: Path, config: TrainConfig) -> "RunDirectory | None":
-        """The run under ``parent`` with the highest number that was started with these options."""
+    def newest_like(
+        cls, parent: Path, config: TrainConfig, weights_hash: str
+    ) -> "RunDirectory | None":
+        """The run under ``parent`` with the highest number that was started with these options, on
+        these weights, wherever their file is by now.
+        """
         folders = [path for path in parent.glob("*") if _NAME.match(path.name)]
         for path in sorted(folders, key=_number, reverse=True):
             with contextlib.suppress(HarmonicaError):  # not a run of this version
-                if not config.differences(_recorded(path), LENGTH_AND_OUTPUT):
+                if config.differences(_recorded(path), LENGTH_AND_OUTPUT):
+                    continue
+                if cls(path).is_of_weights(weights_hash):
                     return cls(path)
         return None
 
-    def record(self, config: BackboneConfig) -> None:
-        """What the run is, and by which commit; a line for every start."""
+    @property
+    def _weights(self) -> Path:
+        return self.path / "weights.txt"
+
+    def is_of_weights(self, weights_hash: str) -> bool:
+        """Whether it may be: of earlier versions a checkpoint has to tell."""
+        return not self._weights.is_file() or read_text(self._weights).strip() == weights_hash
+
+    def record(self, config: BackboneConfig, weights_hash: str) -> None:
+        """What the run is, on which weights, and by which commit; a line for every start."""
         write_atomically(self.path / "config.yaml", to_yaml(config).encode())
+        write_atomically(self._weights, f"{weights_hash}\n".encode())
         known = self.path / "commit.txt"
         earlier = known.read_text() if known.exists() else ""
         write_atomically(known, f"{earlier}{commit()}\n".encode())

@@ -1,6 +1,5 @@
 """A training run of a router: learning, logging, checkpoints, export."""
 
-import hashlib
 import reprlib
 import time
 from dataclasses import asdict, replace
@@ -14,8 +13,7 @@ from tqdm import tqdm
 
 from harmonica import __version__
 from harmonica.autoencoder import load_decoder
-from harmonica.backbone import load_backbone
-from harmonica.conditions import Conditions, PromptList
+from harmonica.backbone import check_gpus, load_backbone
 from harmonica.engine import EAGER, block_runner
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
@@ -26,6 +24,7 @@ from harmonica.randomness import Draws
 from harmonica.router_file import RouterFile, save_router
 from harmonica.sampling import load_schedule, sample
 from harmonica.training.batches import Batches, within_memory
+from harmonica.training.checkpoint import Stage
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, peers
 from harmonica.training.learner import Learner, StepwiseLearner
@@ -84,7 +83,7 @@ class Trainer:
                 )
         # Of files, which may change before the run goes on.
         self._hashes = {
-            "prompts": _texts_hash(self.backbone.conditions),
+            "prompts": self.backbone.conditions.content_hash(),
             "freeze_schedule": frozen and frozen.hash,
         }
         kind = TrajectoryLearner if config.objective == "trajectory" else StepwiseLearner
@@ -106,14 +105,13 @@ class Trainer:
             for count in (config.max_steps, config.epochs and config.epochs * length)
             if count is not None
         ]
-        with Progress(config, self.interruption, self._is_main) as progress:
+        weights_hash = self.backbone.weights_hash
+        with Progress(config, weights_hash, self.interruption, self._is_main) as progress:
             try:
-                state = progress.start(self._start_wandb)
-                if state is not None:
-                    self._load_state(state)
+                progress.start(self._load_state, self._start_wandb)
                 with progress.secured(), within_memory(config.objective):
                     self._train(progress, min(limits) if self.learner.learns else 0)
-                    self.learner.finish()
+                    self.learner.finish(lambda: self._hold(progress))
                 self._export(progress.directory)
             finally:
                 self.accelerator.end_training()
@@ -158,11 +156,12 @@ class Trainer:
     # What training stands on.
 
     def _hold(self, progress: Progress) -> None:
-        progress.hold(self.learner.updates, self._state, self.learner.sweep_length)
+        stage = Stage(self.learner.updates, self.learner.trials)
+        progress.hold(stage, self._state, self.learner.sweep_length)
 
     def _state(self) -> dict[str, Any]:
-        """Everything training stands on. There are no generators in it: all randomness follows
-        from the seed and the counters.
+        """Everything training stands on. Of generators there is that of exchanges alone: all other
+        randomness follows from the seed and the counters.
         """
         scaler = self.accelerator.scaler
         return {
@@ -288,19 +287,13 @@ class Trainer:
         comparison(directory.path / "samples.png", rows)
 
 
-def _texts_hash(conditions: Conditions) -> str | None:
-    """sha256 of prompts as texts: what an encoder makes of them is rounded as its device does."""
-    if not isinstance(conditions, PromptList):
-        return None
-    return hashlib.sha256("\n".join(conditions.encoded.texts).encode()).hexdigest()
-
-
 def _passes(before: int, after: int, every: int) -> bool:
     """Whether a multiple of ``every`` lies in (before, after]."""
     return after // every > before // every
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
+    check_gpus()
     cpu = not torch.cuda.is_available()
     if cpu and config.mixed_precision == "fp16":
         raise HarmonicaError("--mixed-precision fp16 needs a GPU; use bf16 or no")

@@ -4,8 +4,8 @@ Started from whole reused steps, evenly spaced; a schedule replaces the best one
 does better on held-out seeds, so noise in the gradient cannot make it worse.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus, Origin
-from harmonica.training.exchanges import Exchanges
+from harmonica.training.exchanges import Exchanges, restored_search
 from harmonica.training.restored import count, moments, number, tensor, tensors
 from harmonica.training.sdt import optimizer_of
 from harmonica.training.trajectory import Rollout
@@ -29,6 +29,23 @@ from harmonica.training.values import Values
 
 AVERAGING = 0.8  # decay of the average of logits that is tried on held-out seeds
 TINY = 1e-8  # of a squared error: keeps the slope of its root finite
+
+
+@dataclass(frozen=True)
+class Best:
+    """The schedule that does best on held-out seeds, its scores, and how it came about.
+
+    Attributes:
+        history: (update, error of the best by then).
+    """
+
+    schedule: Schedule
+    logits: Tensor
+    history: tuple[tuple[int, float], ...]
+
+    @property
+    def error(self) -> float:
+        return self.history[-1][1]
 
 
 class TrajectoryLearner:
@@ -57,10 +74,12 @@ class TrajectoryLearner:
         )
         self.average = self.router.logits()
         self.updates = 0
-        self.best = replace(start, predictor=self.values.frozen())
-        self.best_logits = self.router.logits()
-        # (update, error of the best so far on held-out seeds)
-        self.history = [(0, self.values.held_out.error(self.best))]
+        first = replace(start, predictor=self.values.frozen())
+        history = ((0, self.values.held_out.error(first)),)
+        self.learned = Best(first, self.router.logits(), history)
+        self.finished: Best | None = None
+        # Of exchanges, as far as they have been tried since the last update.
+        self.search: dict[str, Any] | None = None
 
     @property
     def learns(self) -> bool:
@@ -68,17 +87,26 @@ class TrajectoryLearner:
 
     def _schedule_of(self, logits: Tensor) -> Schedule:
         if self.is_frozen:
-            return self.best
+            return self.learned.schedule
         return budget_schedule(logits, self.backbone.costs, self.config.budget)
 
+    @property
+    def best(self) -> Best:
+        """At the end, what was made of what was learned."""
+        return self.finished or self.learned
+
+    @property
+    def trials(self) -> int:
+        return 0 if self.search is None else self.search["trials"]
+
     def schedule(self) -> Schedule:
-        return self.best
+        return self.best.schedule
 
     def logits(self) -> Tensor:
-        return self.best_logits
+        return self.best.logits
 
     def cut(self) -> float:
-        return highest_reused(self.best_logits, self.best)
+        return highest_reused(self.best.logits, self.best.schedule)
 
     # Learning.
 
@@ -109,14 +137,15 @@ class TrajectoryLearner:
         for s in range(1, len(logits)):
             self.router.clamp(s)
         self.updates += 1
+        self.search = None
         self.average.lerp_(self.router.logits(), 1 - AVERAGING)
         if self.updates % self.config.held_out_every == 0:
-            self._try(self._schedule_of(self.average), self.average.clone())
+            self.learned = self._tried()
         means = self.accelerator.reduce(
             torch.stack([loss.detach(), errors.detach().mean()]), "mean"
         )
         values = dict(zip(("loss", "mse"), means.tolist(), strict=True))
-        return {**values, "held_out_mse": self.history[-1][1]}
+        return {**values, "held_out_mse": self.learned.error}
 
     def _average_gradients(self, loss: Tensor, origin: Origin) -> None:
         """Over processes; of the scores without what is common to all: the budget takes it back."""
@@ -128,47 +157,59 @@ class TrajectoryLearner:
             for grad in rows:
                 grad -= common
 
-    def _try(self, schedule: Schedule, logits: Tensor) -> None:
-        """Keep a schedule, with the coefficients of now, if held-out seeds say so."""
+    def _tried(self) -> Best:
+        """The averaged scores, with the coefficients of now, if held-out seeds say so."""
+        schedule = self._schedule_of(self.average)
         schedule = replace(schedule, predictor=self.values.frozen())
-        error, best = self.values.held_out.error(schedule), self.history[-1][1]
-        is_better = error < best
-        if is_better:
-            self.best, self.best_logits = schedule, logits
-        self.history.append((self.updates, error if is_better else best))
+        best, error = self.learned, self.values.held_out.error(schedule)
+        if error < best.error:
+            history = (*best.history, (self.updates, error))
+            return Best(schedule, self.average.clone(), history)
+        return replace(best, history=(*best.history, (self.updates, best.error)))
 
     # After learning.
 
     def draw(self, folder: Path) -> None:
-        learning_curve(folder / "held_out.png", self.history)
+        learning_curve(folder / "held_out.png", self.best.history)
 
-    def finish(self) -> None:
-        """A last trial; flips, and coefficients in closed form, as far as they were asked for.
+    def finish(self, hold: Callable[[], None]) -> None:
+        """A last trial; exchanges, and coefficients in closed form, as far as they were asked for.
 
-        None of it is part of a checkpoint: a run that goes on makes all of it.
+        What was learned stays as it is, so that a longer run can go on with it. Of what is made
+        here exchanges alone take long, and are part of a checkpoint.
 
         Raises:
             Interrupted: a process was asked to end.
         """
-        if self.updates % self.config.held_out_every:
-            self._try(self._schedule_of(self.average), self.average.clone())
+        best = self._tried() if self.updates % self.config.held_out_every else self.learned
         if self.config.refine:
-            self._refine()
+            best = self._refined(best, hold)
         self.consensus.stop_if_asked()
-        self.best = self.values.decided(self.best)
-        self.history.append((self.updates, self.values.held_out.error(self.best)))
+        schedule = self.values.decided(best.schedule)
+        history = (*best.history, (self.updates, self.values.held_out.error(schedule)))
+        self.finished = Best(schedule, best.logits, history)
 
-    def _refine(self) -> None:
+    def _refined(self, best: Best, hold: Callable[[], None]) -> Best:
         """Exchange computed for reused branches, one or two pairs at a time, where it helps."""
-        search = Exchanges(
-            self.values.held_out, self.best, self.best_logits, self.config.global_seed
+        held_out = self.values.held_out
+        if self.search is None:
+            search = Exchanges(held_out, best.schedule, best.logits, self.config.global_seed)
+        else:
+            search = Exchanges.going_on(held_out, best.schedule, self.search)
+        trials = tqdm(
+            range(search.trials, self.config.refine),
+            desc="exchanges",
+            total=self.config.refine,
+            initial=search.trials,
+            disable=not self.accelerator.is_main_process,
         )
-        trials = range(self.config.refine)
-        for trial in tqdm(trials, desc="exchanges", disable=not self.accelerator.is_main_process):
+        for trial in trials:
             self.consensus.stop_if_asked()
-            if search.attempt(1 + trial % 2):
-                self.history.append((self.updates, search.error))
-        self.best, self.best_logits = search.schedule, search.logits
+            search.attempt(1 + trial % 2)
+            self.search = search.state_dict()
+            hold()
+        better = ((self.updates, error) for error in search.errors[1:])
+        return Best(search.schedule, search.logits, (*best.history, *better))
 
     # Checkpoints.
 
@@ -179,10 +220,11 @@ class TrajectoryLearner:
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
             "average": self.average,
-            "best": self.best.to_dict(),
-            "best_coefficients": getattr(self.best.predictor, "tensors", None),
-            "best_logits": self.best_logits,
-            "history": self.history,
+            "best": self.learned.schedule.to_dict(),
+            "best_coefficients": getattr(self.learned.schedule.predictor, "tensors", None),
+            "best_logits": self.learned.logits,
+            "history": self.learned.history,
+            "search": self.search,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -190,13 +232,15 @@ class TrajectoryLearner:
         self.values.load_state_dict(state["values"])
         self.optimizer.load_state_dict(moments(state["optimizer"], self.optimizer))
         self.updates = count(state["updates"])
-        self.history = [(count(update), number(error)) for update, error in state["history"]]
-        if not self.history:
+        history = tuple((count(update), number(error)) for update, error in state["history"])
+        if not history:
             raise ValueError("no schedule was ever tried")
         self.average = tensor(state["average"], self.average)
-        self.best_logits = tensor(state["best_logits"], self.best_logits)
-        best = Schedule.from_dict(state["best"], state["best_coefficients"])
-        if best.compute.shape != self.best.compute.shape or best.reuses != self.best.reuses:
+        best, mine = Schedule.from_dict(state["best"], state["best_coefficients"]), self.learned
+        if best.compute.shape != mine.schedule.compute.shape or best.reuses != mine.schedule.reuses:
             raise ValueError("its schedule is of another model or sampler")
         self.values.check(best.predictor)
-        self.best = replace(best, costs=self.backbone.costs)
+        best = replace(best, costs=self.backbone.costs)
+        self.learned = Best(best, tensor(state["best_logits"], mine.logits), history)
+        search = state.get("search")
+        self.search = None if search is None else restored_search(search, mine.logits)

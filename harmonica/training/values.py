@@ -94,8 +94,7 @@ class Values:
             reduce = self.batches.accelerator.reduce
             learned = fit_coefficients(batches, schedule, base, self.channels, reduce)
             choices.append(learned.to(torch.device("cpu")))
-        schedules = [replace(schedule, predictor=choice) for choice in choices]
-        return min(schedules, key=self.held_out.error)
+        return self.held_out.best([replace(schedule, predictor=choice) for choice in choices])
 
     def _better_base(self, schedule: Schedule) -> LastValue | Extrapolation:
         sampler = self.batches.backbone.sampler
