@@ -3,12 +3,15 @@
 import contextlib
 import itertools
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Golden, relative
+from conftest import Golden, pytest_configure, relative
 from families import by_branches, tiny, tiny_trajectories
 
 from harmonica import engine
@@ -434,15 +437,27 @@ def test_running_some_branches_gives_their_values(golden_b: Golden):
     assert relative(after, x + modulations[1].gate * value) < 1e-6
 
 
+# On a GPU.
+
+
+@pytest.mark.parametrize(
+    ("marks", "hidden"),
+    [("not slow", True), ("", True), ("slow or not slow", True), ("not gpu", True), ("gpu", False)],
+)
+def test_only_tests_of_a_gpu_see_one(marks, hidden, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=marks)))
+    seen = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    assert subprocess.check_output(seen, text=True).strip() == ("" if hidden else "3")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_captured_trajectories_equal_eager_ones(sampler):
     compare_captured(BackboneConfig(sampler=sampler, num_sampling_steps=6, compile=False), 1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 5e-3), ("bf16", 0.05)])
 def test_compiled_and_captured_trajectories_equal_eager_ones(precision, tolerance):
     compare_captured(BackboneConfig(num_sampling_steps=6, mixed_precision=precision), tolerance)

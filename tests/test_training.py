@@ -413,7 +413,6 @@ def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_training_on_a_gpu(precision, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
