@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import Golden, pytest_configure, relative
 from families import by_branches, tiny, tiny_trajectories
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmonica import engine
 from harmonica.backbone import load_backbone, reduce_precision, set_float32_products
@@ -45,6 +47,7 @@ from harmonica.timing import timed
 from harmonica.training.config import TrainConfig
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trainer import Trainer
+from models.layers import gated
 
 NAMES = tuple(f"blocks.{i}.{k}" for i in range(3) for k in ("attn", "mlp"))
 COSTS = Costs(NAMES, (5, 9) * 3, 4)
@@ -287,6 +290,33 @@ def test_float32_products_are_rounded_on_a_gpu_unless_a_flag_says_otherwise():
         torch.set_float32_matmul_precision("highest")
 
 
+class Operations(TorchDispatchMode):
+    """Notes what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_gated_sum_in_half_precision_makes_no_copies_on_a_gpu():
+    """With the autocast of a GPU, on tensors that have nothing of one but their device."""
+    with FakeTensorMode(), Operations() as operations:
+        x = torch.empty(2, 5, 8, device="cuda")
+        gate, update = (torch.empty(2, n, 8, device="cuda", dtype=torch.half) for n in (1, 5))
+        operations.seen.clear()
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            out = gated(x, gate, update)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert operations.seen == ["aten.addcmul.default"] and out.dtype == torch.float32
+
+
 def test_a_graph_is_captured_before_the_clock_starts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     for device, warm_ups in (("cpu", 1), ("cuda", 2)):
@@ -337,9 +367,10 @@ def cases(family: str) -> list[Schedule]:
     return [*last, replace(last[1], predictor=Extrapolation(1, tuple(map(float, range(5)))))]
 
 
-def replay_compiled(family: str, tolerance: float) -> None:
+def replay_compiled(family: str, tolerance: float, dtype: torch.dtype = torch.float32) -> None:
     """Compiled replay of every case is the eager one, with few graphs and no break."""
     batch = tiny_trajectories(family)
+    reduce_precision(batch.model, dtype)
     full = batch.walk(State(batch.x_T), batch.predict).x
     with counted_graphs() as counters:
         for schedule in cases(family):
@@ -351,9 +382,10 @@ def replay_compiled(family: str, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("family", MOST_GRAPHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_replay_is_traced_whole_with_few_graphs(family, traced):
-    replay_compiled(family, 1e-6)
+def test_replay_is_traced_whole_with_few_graphs(family, dtype, traced):
+    replay_compiled(family, 1e-6, dtype)
 
 
 @torch.no_grad()
