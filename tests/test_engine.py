@@ -35,8 +35,8 @@ from harmonica.engine import (
 )
 from harmonica.errors import HarmonicaError
 from harmonica.flops import Costs, measure_costs
-from harmonica.metrics.precision import single_precision
 from harmonica.options import build_parser, resolve
+from harmonica.precision import single_precision
 from harmonica.predictors import LAST, Extrapolation, Learned
 from harmonica.randomness import Draws
 from harmonica.replay_plan import Add, Compute, plan_replay
@@ -268,26 +268,33 @@ def test_training_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch
 # Precision and time.
 
 
+def rounding() -> tuple[str, bool]:
+    """Of matrix products, and of convolutions."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
 def test_float32_products_are_rounded_on_a_gpu_unless_a_flag_says_otherwise():
     def precision(device, *flags):
         config = resolve(BackboneConfig, build_parser(BackboneConfig, "").parse_args(flags))
         set_float32_products(config, torch.device(device))
-        return torch.get_float32_matmul_precision()
+        return rounding()
 
+    before, rounded, exact = rounding(), ("high", True), ("highest", False)
     try:
-        assert (precision("cuda"), precision("cuda", "--tf32")) == ("high", "high")
-        assert (precision("cuda", "--no-tf32"), precision("cpu")) == ("highest", "highest")
+        assert precision("cuda") == precision("cuda", "--tf32") == rounded
+        assert precision("cuda", "--no-tf32") == precision("cpu") == exact
         with pytest.raises(HarmonicaError, match="--tf32 needs a GPU"):
             precision("cpu", "--tf32")
         precision("cuda")
         load_backbone(BackboneConfig(), torch.device("cpu"))
-        assert torch.get_float32_matmul_precision() == "highest"
+        assert rounding() == exact
         precision("cuda")
         with single_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
+            assert rounding() == exact
+        assert rounding() == rounded
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class Operations(TorchDispatchMode):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
-from harmonica.metrics.precision import single_precision
+from harmonica.precision import single_precision
 from harmonica.weights import state_sha256
 
 
