@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from harmonica.block_reuse import BlockReplay
 from harmonica.denoise import Trajectories, precision_of
 from harmonica.errors import HarmonicaError
+from harmonica.memory import is_out_of_memory
 from harmonica.predictors import LAST
 from harmonica.replay_plan import Add, Compute, Join, plan_replay
 from harmonica.samplers import State
@@ -276,7 +277,9 @@ class Engine:
         """Final latents of a batch, so many samples at a time; None if those are too many."""
         try:
             return self._in_parts(batch, size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise HarmonicaError(
                     "not even one image fits into the memory of the GPU; use --mixed-precision "

@@ -199,14 +199,28 @@ def test_conditioning_is_made_once_a_trajectory_or_a_window(golden_b: Golden, mo
 # Batches that do not fit into memory.
 
 
-def limited(monkeypatch, most: int) -> list[int]:
+TOO_MUCH = [
+    "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDA error: out of memory",
+]
+
+
+def out_of_memory(said: str) -> RuntimeError:
+    """As libraries say it; where they say nothing, torch does."""
+    return RuntimeError(said) if said else torch.OutOfMemoryError()
+
+
+def limited(monkeypatch, most: int, said: str = "") -> list[int]:
     """Give every engine the memory for so many samples; returns the sizes that it tries."""
     run, tried = Engine._run, []
 
     def attempt(engine, batch):
         tried.append(len(batch.x_T))
         if len(batch.x_T) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise out_of_memory(said)
         return run(engine, batch)
 
     monkeypatch.setattr(Engine, "_run", attempt)
@@ -238,6 +252,24 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(golden_b, sampler, monk
     assert tried == [2] * 4 and not capsys.readouterr().err  # known by now
 
 
+@pytest.mark.parametrize("said", TOO_MUCH)
+@torch.no_grad()
+def test_libraries_run_out_of_memory_in_words_of_their_own(golden_b, said, monkeypatch):
+    whole = Engine(None)(golden_b.trajectories())
+    tried = limited(monkeypatch, 1, said)
+    assert relative(Engine(None)(golden_b.trajectories()), whole) < 1e-5
+    assert tried == [3, 2, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_what_smaller_batches_do_not_help_is_raised(golden_b, monkeypatch):
+    for said in ("mat1 and mat2 shapes cannot be multiplied", "CUBLAS_STATUS_EXECUTION_FAILED"):
+        tried = limited(monkeypatch, 0, said)
+        with pytest.raises(RuntimeError, match=said):
+            Engine(None)(golden_b.trajectories())
+        assert len(tried) == 1
+
+
 @torch.no_grad()
 def test_an_image_that_does_not_fit_into_memory_is_refused(golden_b, monkeypatch):
     tried = limited(monkeypatch, most=0)
@@ -246,23 +278,24 @@ def test_an_image_that_does_not_fit_into_memory_is_refused(golden_b, monkeypatch
     assert tried[-1] == 1
 
 
-def test_training_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("said", ["", TOO_MUCH[1]])
+def test_training_that_does_not_fit_into_memory_is_refused(said, tmp_path, monkeypatch):
     swept = StepwiseLearner.sweep
 
     def sweep(learner, remaining):
         if learner.updates:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise out_of_memory(said)
         return swept(learner, remaining)
 
     monkeypatch.setattr(StepwiseLearner, "sweep", sweep)
     config = TrainConfig(num_sampling_steps=2, global_batch_size=2, results_dir=tmp_path)
     with pytest.raises(HarmonicaError) as refusal:
         Trainer(config).run()
-    for said in (
+    for named in (
         *("--global-batch-size", "--activation-checkpointing", "--lambda-rows"),
         "the last good checkpoint is",  # what was learned before is not lost
     ):
-        assert said in str(refusal.value)
+        assert named in str(refusal.value)
 
 
 # Precision and time.
