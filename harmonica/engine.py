@@ -206,26 +206,22 @@ class PlannedReplay:
 
 
 class CapturedTrajectory:
-    """A whole trajectory as one CUDA graph, for batches of one shape."""
+    """A whole trajectory as one CUDA graph, for batches of one shape.
+
+    Args:
+        run: has run such a batch before. Capture wants no more than that: code is compiled and
+            loaded, libraries have their handles, and their work space on the stream of the capture
+            comes from the memory of the graph.
+    """
 
     def __init__(self, batch: Trajectories, run: Callable[[Trajectories], Tensor]):
         steps = range(batch.num_steps) if batch.sampler.stochastic else ()
         self.y, self.x_T = batch.y.clone(), batch.x_T.clone()
         self.noise = [batch.noise(s).clone() for s in steps]
-
-        def once() -> Tensor:
-            return run(replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__))
-
-        # Compilation and lazy initialisation happen outside of the capture.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                once()
-        torch.cuda.current_stream().wait_stream(side)
+        inputs = replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__, tally=None)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.final = once()
+            self.final = run(inputs)
 
     def __call__(self, batch: Trajectories) -> Tensor:
         self.y.copy_(batch.y)
@@ -233,6 +229,8 @@ class CapturedTrajectory:
         for s, noise in enumerate(self.noise):
             noise.copy_(batch.noise(s))
         self.graph.replay()
+        if batch.tally is not None:
+            batch.tally.evaluations += batch.num_steps * len(batch.x_T)
         return self.final.clone()
 
 
@@ -305,12 +303,12 @@ class Engine:
 
     def _whole(self, batch: Trajectories) -> Tensor:
         shape = batch.x_T.shape
-        if not self.how.captures or shape not in self._seen:
-            self._seen.add(shape)
-            return self._run(batch)
-        if shape not in self._captured:
+        if self.how.captures and shape in self._seen and shape not in self._captured:
             self._captured[shape] = CapturedTrajectory(batch, self._run)
-        return self._captured[shape](batch)
+        if shape in self._captured:
+            return self._captured[shape](batch)
+        self._seen.add(shape)
+        return self._run(batch)
 
     def _run(self, batch: Trajectories) -> Tensor:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Golden, pytest_configure, relative
-from families import by_branches, tiny, tiny_trajectories
+from fake_graphs import FakeGraph, fake_cuda_graphs
+from families import by_branches, some_condition, tiny, tiny_trajectories
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,7 @@ from harmonica.baselines.delta_dit import delta_dit
 from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
+from harmonica.denoise import Tally, Trajectories
 from harmonica.engine import (
     EAGER,
     Acceleration,
@@ -357,14 +359,6 @@ def test_a_gated_sum_in_half_precision_makes_no_copies_on_a_gpu():
     assert operations.seen == ["aten.addcmul.default"] and out.dtype == torch.float32
 
 
-def test_a_graph_is_captured_before_the_clock_starts(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    for device, warm_ups in (("cpu", 1), ("cuda", 2)):
-        calls = []
-        times = timed({"a": lambda calls=calls: calls.append(0)}, 3, torch.device(device))
-        assert len(calls) == warm_ups + 3 and times["a"].low <= times["a"].median
-
-
 @torch.no_grad()
 def test_a_reused_block_runs_nothing(golden: Golden):
     calls = []
@@ -378,6 +372,87 @@ def test_a_reused_block_runs_nothing(golden: Golden):
     for hook in hooks:
         hook.remove()
     assert sorted(calls) == sorted(list(range(len(golden.model.blocks))) * 4)
+
+
+# Captured trajectories.
+
+CAPTURED = Acceleration(captures=True)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[FakeGraph]:
+    """All CUDA graphs that are made: fake ones."""
+    return fake_cuda_graphs(monkeypatch)
+
+
+def other_batches(family: str, sampler: str, count: int = 4) -> list[Trajectories]:
+    """Of one model and shape, with nothing else in common; all but some samplers take no noise."""
+    draw = torch.Generator().manual_seed(5)
+    first = tiny_trajectories(family, create_sampler(sampler, 5))
+    batches = []
+    for k in range(count):
+        noise = torch.randn(5, *first.x_T.shape, generator=draw)
+        y = some_condition(first.model, len(first.x_T), seed=k)
+        x_T = torch.randn(first.x_T.shape, generator=draw)
+        batches.append(replace(first, y=y, x_T=x_T, noise=noise.__getitem__, tally=Tally()))
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [("dit", "ddim"), ("dit", "iddpm"), ("uvit", "dpm-solver"), ("pixart", "sa-solver")],
+)
+@torch.no_grad()
+def test_a_replayed_graph_is_of_the_batch_at_hand(family, sampler, graphs):
+    costs = measure_costs(tiny(family))
+    last = random_schedule(5, costs, Budget(cur=0.5), seed=1)
+    line = Extrapolation(1, tuple(map(float, range(5))))
+    learned = Learned.start(line, 5, len(costs.names), 1)
+    for schedule in (None, last, replace(last, predictor=learned)):
+        graphs.clear()
+        engine, batches = Engine(schedule, CAPTURED), other_batches(family, sampler)
+        finals = [engine(batch) for batch in batches]
+        # The first runs as it is, the second is captured.
+        assert [graph.replays for graph in graphs] == [3]
+        for final, batch in zip(finals, batches, strict=True):
+            assert batch.tally.evaluations == 5 * len(batch.x_T)
+            assert torch.equal(final, Engine(schedule)(batch))
+        assert relative(finals[3], finals[2]) > 0.1
+
+
+@torch.no_grad()
+def test_blocks_that_are_reused_whole_are_captured_too(graphs):
+    costs = measure_costs(tiny("uvit"))
+    whole_steps = replace(fora(5, costs, 2), reuses="outputs")
+    for blockwise in (delta_dit(5, costs, 2, 1, 2), whole_steps):
+        engine, batches = Engine(blockwise, CAPTURED), other_batches("uvit", "dpm-solver")
+        for batch in batches:
+            assert torch.equal(engine(batch), Engine(blockwise)(batch))
+        assert graphs.pop().replays == 3
+
+
+@torch.no_grad()
+def test_a_graph_is_captured_before_the_clock_starts(golden_b: Golden, graphs, monkeypatch):
+    run, runs, calls = Engine._run, [], []
+
+    def counting(engine, batch):
+        runs.append(batch)
+        return run(engine, batch)
+
+    monkeypatch.setattr(Engine, "_run", counting)
+    for device, how in (("cuda", CAPTURED), ("cpu", EAGER)):
+        engine, batch = Engine(schedules(golden_b)[2], how), golden_b.trajectories()
+
+        def call(engine=engine, batch=batch):
+            before = len(runs)
+            engine(batch)
+            calls.append(len(runs) - before)
+
+        calls.clear()
+        timing = timed({"a": call}, 3, torch.device(device))["a"]
+        assert timing.low <= timing.median <= timing.high
+        assert calls == ([1, 1, 0, 0, 0] if how.captures else [1, 1, 1, 1])
+    assert len(graphs) == 1 and graphs[0].replays == 4
 
 
 # Compiled blocks.
