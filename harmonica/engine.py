@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -214,14 +216,20 @@ class CapturedTrajectory:
             comes from the memory of the graph.
     """
 
+    # They share one memory, since nothing is left in it that is read after a replay. torch takes
+    # memory away whose graphs are all gone, so it is that of any graph that is there.
+    _all: ClassVar[WeakSet["CapturedTrajectory"]] = WeakSet()
+
     def __init__(self, batch: Trajectories, run: Callable[[Trajectories], Tensor]):
         steps = range(batch.num_steps) if batch.sampler.stochastic else ()
         self.y, self.x_T = batch.y.clone(), batch.x_T.clone()
         self.noise = [batch.noise(s).clone() for s in steps]
         inputs = replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__, tally=None)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        pool = next((other.graph.pool() for other in self._all), None)
+        with torch.cuda.graph(self.graph, pool=pool):
             self.final = run(inputs)
+        self._all.add(self)
 
     def __call__(self, batch: Trajectories) -> Tensor:
         self.y.copy_(batch.y)

@@ -455,6 +455,23 @@ def test_a_graph_is_captured_before_the_clock_starts(golden_b: Golden, graphs, m
     assert len(graphs) == 1 and graphs[0].replays == 4
 
 
+@torch.no_grad()
+def test_graphs_share_their_memory_while_there_are_any(golden_b: Golden, graphs):
+    def captured() -> Engine:
+        engine = Engine(None, CAPTURED)
+        for _ in range(2):
+            engine(golden_b.trajectories())
+        return engine
+
+    engines = [captured()]
+    engines.append(captured())
+    engines[0] = captured()
+    assert len({id(graph.pool()) for graph in graphs}) == 1
+    engines.clear()
+    captured()
+    assert graphs[3].pool() is not graphs[0].pool()  # which torch takes back
+
+
 # Compiled blocks.
 
 COMPILED = Acceleration(compiles=True)
