@@ -6,6 +6,7 @@ elsewhere.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from harmonica.block_reuse import BlockReplay
 from harmonica.denoise import Trajectories, precision_of
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
+from harmonica.files import first_line
 from harmonica.memory import is_out_of_memory
 from harmonica.predictors import LAST
 from harmonica.replay_plan import Add, Compute, Join, plan_replay
@@ -227,7 +229,11 @@ class CapturedTrajectory:
         inputs = replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__, tally=None)
         self.graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._all), None)
-        with torch.cuda.graph(self.graph, pool=pool):
+        # The outer context, because a capture that fails does not give the stream back.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(self.graph, pool=pool),
+        ):
             self.final = run(inputs)
         self._all.add(self)
 
@@ -247,11 +253,12 @@ class Engine:
 
     A graph is captured at the second batch of a shape: a single one would only pay for it.
 
-    Args:
-        schedule: None computes everything.
+    Attributes:
+        how: what it does; no more graphs are captured once that has failed.
     """
 
     def __init__(self, schedule: Schedule | None, how: Acceleration = EAGER):
+        """``schedule``: None computes everything."""
         self.schedule, self.how = schedule, how
         self._recipe: Recipe | None = None
         self._seen: set[torch.Size] = set()
@@ -312,11 +319,24 @@ class Engine:
     def _whole(self, batch: Trajectories) -> Tensor:
         shape = batch.x_T.shape
         if self.how.captures and shape in self._seen and shape not in self._captured:
-            self._captured[shape] = CapturedTrajectory(batch, self._run)
+            self._capture(batch)
         if shape in self._captured:
             return self._captured[shape](batch)
         self._seen.add(shape)
         return self._run(batch)
+
+    def _capture(self, batch: Trajectories) -> None:
+        """Keep a graph for batches of this shape, or give graphs up."""
+        try:
+            self._captured[batch.x_T.shape] = CapturedTrajectory(batch, self._run)
+        except RuntimeError as error:
+            self.how = replace(self.how, captures=False)
+            warnings.warn(
+                f"no CUDA graph could be captured ({first_line(error)}); going on without, as "
+                "--no-cuda-graphs does",
+                HarmonicaWarning,
+                stacklevel=2,
+            )
 
     def _run(self, batch: Trajectories) -> Tensor:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper

@@ -35,7 +35,7 @@ from harmonica.engine import (
     planned_cache_bytes,
     run_branches,
 )
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.flops import Costs, measure_costs
 from harmonica.options import build_parser, resolve
 from harmonica.precision import single_precision
@@ -470,6 +470,34 @@ def test_graphs_share_their_memory_while_there_are_any(golden_b: Golden, graphs)
     engines.clear()
     captured()
     assert graphs[3].pool() is not graphs[0].pool()  # which torch takes back
+
+
+@torch.no_grad()
+def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch):
+    streams = ["main"]
+
+    @contextlib.contextmanager
+    def failing(graph, pool=None):
+        streams.append("of the capture")  # where torch remains, as its own context fails
+        yield
+        raise RuntimeError("CUDA error: operation not permitted\nCompile with TORCH_USE_CUDA_DSA")
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        try:
+            yield
+        finally:
+            streams.append(chosen)
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    engine, batch = Engine(schedules(golden_b)[2], CAPTURED), golden_b.trajectories()
+    expected = engine(batch)
+    with pytest.warns(HarmonicaWarning, match=r"\(CUDA error: operation not permitted\)") as said:
+        assert torch.equal(engine(batch), expected) and torch.equal(engine(batch), expected)
+    assert len(said) == len(graphs) == 1 and not engine.how.captures
+    assert streams == ["main", "of the capture", "main"]
 
 
 # Compiled blocks.
