@@ -255,15 +255,16 @@ class Engine:
 
     Attributes:
         how: what it does; no more graphs are captured once that has failed.
+        most: samples that fit into memory, once more did not; until then None.
     """
 
     def __init__(self, schedule: Schedule | None, how: Acceleration = EAGER):
         """``schedule``: None computes everything."""
         self.schedule, self.how = schedule, how
+        self.most: int | None = None
         self._recipe: Recipe | None = None
         self._seen: set[torch.Size] = set()
         self._captured: dict[torch.Size, CapturedTrajectory] = {}
-        self._most: int | None = None  # samples that fit into memory, once more did not
 
     def __call__(self, batch: Trajectories) -> Tensor:
         """Final latents (n, C, H, W) of a batch; all batches are of one model and sampler.
@@ -274,11 +275,11 @@ class Engine:
             HarmonicaError: not even one sample fits.
         """
         wanted = len(batch.x_T)
-        size = tried = min(wanted, self._most or wanted)
+        size = tried = min(wanted, self.most or wanted)
         while (final := self._within_memory(batch, size)) is None:
             size = (size + 1) // 2
         if size < tried:
-            self._most = size
+            self.most = size
             print(
                 f"{tried} images do not fit into the memory of the GPU at once; going on with "
                 f"{size} at a time",
