@@ -78,7 +78,7 @@ def add_gated(x: Tensor, gates: list[Tensor | None], values: list[Tensor]) -> Te
 def add_weighted(
     x: Tensor, gates: list[Tensor | None], weights: list[Tensor], values: list[Tensor]
 ) -> Tensor:
-    """x + sum of gate * weight * value, in this order; weights are () or (d,)."""
+    """x + sum of gate * weight * value, in this order; weights are (1,) or (d,), float32."""
     for gate, weight, value in zip(gates, weights, values, strict=True):
         x = gated(x, weight if gate is None else gate * weight, value)
     return x
@@ -111,8 +111,9 @@ class Recipe:
             if self.is_weighted and isinstance(operation, Add):
                 for i, _, _, steps in operation.branches:
                     weights = predictor.weights(s, i, steps)
+                    # Of one dimension at least: with none a gate would round them to its precision.
                     self._weights[s, i] = [
-                        torch.as_tensor(w, dtype=torch.float32).squeeze().to(batch.x_T.device)
+                        torch.as_tensor(w, dtype=torch.float32).reshape(-1).to(batch.x_T.device)
                         for w in weights
                     ]
 

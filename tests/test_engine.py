@@ -95,6 +95,20 @@ def test_forecasts_replay_like_caching_branches(golden: Golden):
 
 
 @torch.no_grad()
+def test_small_coefficients_count_in_half_precision():
+    """bfloat16 cannot tell 1.0015 from 1."""
+    batch = tiny_trajectories("dit")
+    reduce_precision(batch.model, torch.bfloat16)
+    plain, finals = cases("dit")[1], []
+    for channels in (1, batch.model.config.hidden_size):
+        learned = Learned.start(LAST, *plain.compute.shape, channels)
+        learned = replace(learned, level=torch.full_like(learned.level, 0.0015))
+        finals.append(Engine(replace(plain, predictor=learned))(batch))
+    assert torch.equal(*finals)
+    assert relative(finals[0], Engine(plain)(batch)) > 1e-4
+
+
+@torch.no_grad()
 def test_stochastic_samplers_replay_too(golden: Golden):
     batch = golden.trajectories(
         create_sampler("iddpm", golden.num_steps), noise=lambda s: golden.arrays["iddpm/noise"][s]
