@@ -92,7 +92,10 @@ def block_runner(compiles: bool, checkpoints: bool) -> Callable[..., Tensor]:
         checkpoints: keep a block's input alone, and run it again for its gradients.
     """
     run = _compiled(call_block) if compiles else call_block
-    return partial(checkpoint, run, use_reentrant=False) if checkpoints else run
+    if not checkpoints:
+        return run
+    # Nothing in a block draws numbers: no generator has to be kept for running it again.
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
 class Recipe:
