@@ -14,6 +14,7 @@ from harmonica.downloads import verify
 from harmonica.engine import EAGER, Acceleration
 from harmonica.errors import HarmonicaError
 from harmonica.flops import Costs, measure_costs
+from harmonica.precision import set_rounding
 from harmonica.router_file import RouterInfo
 from harmonica.samplers import Sampler, create_sampler
 from harmonica.weights import load_weights, weights_file
@@ -124,7 +125,7 @@ def _acceleration(config: BackboneConfig, device: torch.device) -> Acceleration:
 
 
 def set_float32_products(config: BackboneConfig, device: torch.device) -> None:
-    """How this process multiplies float32 matrices from now on: on a GPU TensorFloat-32 by default.
+    """How this process multiplies in float32 from now on: on a GPU in TensorFloat-32 by default.
 
     Raises:
         HarmonicaError: the flag asks for what a CPU does not have.
@@ -132,8 +133,7 @@ def set_float32_products(config: BackboneConfig, device: torch.device) -> None:
     is_gpu = device.type == "cuda"
     if config.tf32 and not is_gpu:
         raise HarmonicaError("--tf32 needs a GPU; drop it")
-    rounds = is_gpu if config.tf32 is None else config.tf32
-    torch.set_float32_matmul_precision("high" if rounds else "highest")
+    set_rounding(is_gpu if config.tf32 is None else config.tf32)
 
 
 def load_backbone(

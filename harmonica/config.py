@@ -96,7 +96,9 @@ class BackboneConfig(Options):
     )
     mixed_precision: str = option("no", "precision of the backbone", choices=PRECISIONS)
     tf32: bool | None = option(
-        None, "round float32 factors to TensorFloat-32 in matrix products; default: on a GPU"
+        None,
+        "round float32 factors of matrix products and convolutions to TensorFloat-32; default: on "
+        "a GPU",
     )
     compile: bool | None = option(
         None, "run blocks compiled (needs a C++ compiler on a CPU); default: on a GPU"

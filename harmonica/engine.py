@@ -6,9 +6,12 @@ elsewhere.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -17,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from harmonica.block_reuse import BlockReplay
 from harmonica.denoise import Trajectories, precision_of
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
+from harmonica.files import first_line
+from harmonica.memory import is_out_of_memory
 from harmonica.predictors import LAST
 from harmonica.replay_plan import Add, Compute, Join, plan_replay
 from harmonica.samplers import State
@@ -73,7 +78,7 @@ def add_gated(x: Tensor, gates: list[Tensor | None], values: list[Tensor]) -> Te
 def add_weighted(
     x: Tensor, gates: list[Tensor | None], weights: list[Tensor], values: list[Tensor]
 ) -> Tensor:
-    """x + sum of gate * weight * value, in this order; weights are () or (d,)."""
+    """x + sum of gate * weight * value, in this order; weights are (1,) or (d,), float32."""
     for gate, weight, value in zip(gates, weights, values, strict=True):
         x = gated(x, weight if gate is None else gate * weight, value)
     return x
@@ -87,7 +92,10 @@ def block_runner(compiles: bool, checkpoints: bool) -> Callable[..., Tensor]:
         checkpoints: keep a block's input alone, and run it again for its gradients.
     """
     run = _compiled(call_block) if compiles else call_block
-    return partial(checkpoint, run, use_reentrant=False) if checkpoints else run
+    if not checkpoints:
+        return run
+    # Nothing in a block draws numbers: no generator has to be kept for running it again.
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
 class Recipe:
@@ -106,8 +114,9 @@ class Recipe:
             if self.is_weighted and isinstance(operation, Add):
                 for i, _, _, steps in operation.branches:
                     weights = predictor.weights(s, i, steps)
+                    # Of one dimension at least: with none a gate would round them to its precision.
                     self._weights[s, i] = [
-                        torch.as_tensor(w, dtype=torch.float32).squeeze().to(batch.x_T.device)
+                        torch.as_tensor(w, dtype=torch.float32).reshape(-1).to(batch.x_T.device)
                         for w in weights
                     ]
 
@@ -205,26 +214,32 @@ class PlannedReplay:
 
 
 class CapturedTrajectory:
-    """A whole trajectory as one CUDA graph, for batches of one shape."""
+    """A whole trajectory as one CUDA graph, for batches of one shape.
+
+    Args:
+        run: has run such a batch before. Capture wants no more than that: code is compiled and
+            loaded, libraries have their handles, and their work space on the stream of the capture
+            comes from the memory of the graph.
+    """
+
+    # They share one memory, since nothing is left in it that is read after a replay. torch takes
+    # memory away whose graphs are all gone, so it is that of any graph that is there.
+    _all: ClassVar[WeakSet["CapturedTrajectory"]] = WeakSet()
 
     def __init__(self, batch: Trajectories, run: Callable[[Trajectories], Tensor]):
         steps = range(batch.num_steps) if batch.sampler.stochastic else ()
         self.y, self.x_T = batch.y.clone(), batch.x_T.clone()
         self.noise = [batch.noise(s).clone() for s in steps]
-
-        def once() -> Tensor:
-            return run(replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__))
-
-        # Compilation and lazy initialisation happen outside of the capture.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                once()
-        torch.cuda.current_stream().wait_stream(side)
+        inputs = replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__, tally=None)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.final = once()
+        pool = next((other.graph.pool() for other in self._all), None)
+        # The outer context, because a capture that fails does not give the stream back.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(self.graph, pool=pool),
+        ):
+            self.final = run(inputs)
+        self._all.add(self)
 
     def __call__(self, batch: Trajectories) -> Tensor:
         self.y.copy_(batch.y)
@@ -232,6 +247,8 @@ class CapturedTrajectory:
         for s, noise in enumerate(self.noise):
             noise.copy_(batch.noise(s))
         self.graph.replay()
+        if batch.tally is not None:
+            batch.tally.evaluations += batch.num_steps * len(batch.x_T)
         return self.final.clone()
 
 
@@ -240,16 +257,18 @@ class Engine:
 
     A graph is captured at the second batch of a shape: a single one would only pay for it.
 
-    Args:
-        schedule: None computes everything.
+    Attributes:
+        how: what it does; no more graphs are captured once that has failed.
+        most: samples that fit into memory, once more did not; until then None.
     """
 
     def __init__(self, schedule: Schedule | None, how: Acceleration = EAGER):
+        """``schedule``: None computes everything."""
         self.schedule, self.how = schedule, how
+        self.most: int | None = None
         self._recipe: Recipe | None = None
         self._seen: set[torch.Size] = set()
         self._captured: dict[torch.Size, CapturedTrajectory] = {}
-        self._most: int | None = None  # samples that fit into memory, once more did not
 
     def __call__(self, batch: Trajectories) -> Tensor:
         """Final latents (n, C, H, W) of a batch; all batches are of one model and sampler.
@@ -260,11 +279,11 @@ class Engine:
             HarmonicaError: not even one sample fits.
         """
         wanted = len(batch.x_T)
-        size = tried = min(wanted, self._most or wanted)
+        size = tried = min(wanted, self.most or wanted)
         while (final := self._within_memory(batch, size)) is None:
             size = (size + 1) // 2
         if size < tried:
-            self._most = size
+            self.most = size
             print(
                 f"{tried} images do not fit into the memory of the GPU at once; going on with "
                 f"{size} at a time",
@@ -276,7 +295,9 @@ class Engine:
         """Final latents of a batch, so many samples at a time; None if those are too many."""
         try:
             return self._in_parts(batch, size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise HarmonicaError(
                     "not even one image fits into the memory of the GPU; use --mixed-precision "
@@ -302,12 +323,25 @@ class Engine:
 
     def _whole(self, batch: Trajectories) -> Tensor:
         shape = batch.x_T.shape
-        if not self.how.captures or shape not in self._seen:
-            self._seen.add(shape)
-            return self._run(batch)
-        if shape not in self._captured:
-            self._captured[shape] = CapturedTrajectory(batch, self._run)
-        return self._captured[shape](batch)
+        if self.how.captures and shape in self._seen and shape not in self._captured:
+            self._capture(batch)
+        if shape in self._captured:
+            return self._captured[shape](batch)
+        self._seen.add(shape)
+        return self._run(batch)
+
+    def _capture(self, batch: Trajectories) -> None:
+        """Keep a graph for batches of this shape, or give graphs up."""
+        try:
+            self._captured[batch.x_T.shape] = CapturedTrajectory(batch, self._run)
+        except RuntimeError as error:
+            self.how = replace(self.how, captures=False)
+            warnings.warn(
+                f"no CUDA graph could be captured ({first_line(error)}); going on without, as "
+                "--no-cuda-graphs does",
+                HarmonicaWarning,
+                stacklevel=2,
+            )
 
     def _run(self, batch: Trajectories) -> Tensor:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper

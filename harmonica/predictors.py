@@ -250,8 +250,8 @@ def create_predictor(name: str, kind: str, sampler: Sampler) -> LastValue | Extr
 def combine(weights: Sequence[Weight], values: Sequence[Tensor]) -> Tensor:
     """``sum_j weights[j] * values[j]``, values (B, L, d); a lone weight of 1 costs nothing.
 
-    Summed in float32 at least, as replay does it: half precision would round small coefficients
-    away.
+    Summed in float32 at least, since half precision would round small coefficients away. The sum
+    comes in the precision of the values; replay, which folds weights into gates, does not round it.
     """
     if len(weights) == 1 and isinstance(weights[0], float) and weights[0] == 1.0:
         return values[0]

@@ -74,11 +74,17 @@ def unpatchify(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Tenso
 
 
 def gated(x: Tensor, gate: Tensor | None, update: Tensor) -> Tensor:
-    """The residual sum ``x + gate * update`` in one pass: x, update (B, L, d), gate (B, 1, d).
+    """The residual sum ``x + gate * update``: x, update (B, L, d), gate (B, 1, d).
 
-    Without a gate the update is added as it is.
+    Without a gate the update is added as it is. On a GPU either is one pass in any precision.
     """
-    return x + update if gate is None else torch.addcmul(x, gate, update)
+    if gate is None:
+        return x + update
+    if update.dtype == x.dtype:
+        return torch.addcmul(x, gate, update)
+    # addcmul converts as it reads; autocast would first write a float32 copy of the update.
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addcmul(x, gate, update)
 
 
 def initialize_projections(model: nn.Module, patches: nn.Conv2d) -> None:

@@ -2,13 +2,14 @@
 
 Prints the time of a batch without and with a cache, timed in turn after warm-up; the measured
 speed-up, the theoretical one, and their ratio, the efficiency; arithmetic against the machine's own
-matrix products, measured in the same run; what the cache holds at most, as planned; and on a GPU
-the peak memory of a batch of either kind, without CUDA graphs, and of decoding an image.
+matrix products, measured in the same run; what the cache holds at most, as planned; how many images
+ran at once; and on a GPU the peak memory of a batch of either kind, without CUDA graphs, and of
+decoding an image.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,19 +111,17 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
     batch = trajectories(backbone, Draws(0, "sample"), range(config.num_images))
     schedules = {"uncached": None, "cached": schedule}
     memory = device_memory(config, backbone, schedules, batch)
-    runs = {
-        name: partial(Engine(chosen, backbone.how), batch) for name, chosen in schedules.items()
-    }
     if schedule.predictor != LAST:
-        last = replace(schedule, predictor=LAST)
-        runs["cached, last values"] = partial(Engine(last, backbone.how), batch)
+        schedules["cached, last values"] = replace(schedule, predictor=LAST)
+    engines = {name: Engine(chosen, backbone.how) for name, chosen in schedules.items()}
+    runs = {name: partial(engine, batch) for name, engine in engines.items()}
     times: dict[str, Timing] = timed(runs, config.repeats, device)
     measured = times["uncached"].median / times["cached"].median
     full = schedule.num_steps * schedule.costs.total * rows
     peak = matrix_peak(device, dtype)
     return {
         **machine(device),
-        **asdict(backbone.how),
+        **_done(engines, config.num_images),
         "rows": rows,
         "cur": schedule.cur,
         "seconds_uncached": vars(times["uncached"]),
@@ -138,6 +137,15 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
             schedule, backbone.model, backbone.latent_shape[1:], rows
         ),
         **memory,
+    }
+
+
+def _done(engines: dict[str, Engine], wanted: int) -> dict:
+    """What engines did in the end, which a GPU's memory may have kept from what was asked for."""
+    return {
+        "compiles": all(engine.how.compiles for engine in engines.values()),
+        "captures": all(engine.how.captures for engine in engines.values()),
+        "images_at_once": min(engine.most or wanted for engine in engines.values()),
     }
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install with the test extra, then ruff and the test suite, a process per core. Arguments go to
-# pytest: `-m slow` runs the tests that take long, `-m "slow or not slow"` all of them.
+# pytest: `-m slow` runs the tests that take long, `-m "slow or not slow"` all of them. A GPU is
+# hidden from those; `-m gpu --numprocesses 1` runs the ones that need it, one at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

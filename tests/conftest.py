@@ -34,6 +34,17 @@ def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="many rounds of faults and mutations")
 
 
+def pytest_configure(config):
+    """Tests expect a CPU, those of ``-m gpu`` apart; so do the programs that they start."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, which tests see with -m gpu alone")
+
+
 def pytest_terminal_summary(terminalreporter):
     """What was survived, in the nightly form."""
     if not terminalreporter.config.getoption("--soak"):

@@ -11,6 +11,7 @@ from conftest import ROOT
 from harmonica.backbone import load_backbone
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Trajectories
+from harmonica.engine import Engine
 from harmonica.randomness import Draws
 from harmonica.sampling import trajectories
 from harmonica.schedule import Schedule
@@ -53,6 +54,22 @@ def test_a_sampling_benchmark(sampling, monkeypatch, tmp_path, capsys):
     assert found["cache_bytes"] == 24 * 2 * 64 * 192 * 4
     assert {"seconds_uncached", "seconds_cached", "seconds_cached_last_values"} <= found.keys()
     assert "2.2 MiB" in capsys.readouterr().out
+
+
+def test_a_sampling_benchmark_says_how_much_it_did_at_once(sampling, monkeypatch, tmp_path):
+    run_whole = Engine._run
+
+    def attempt(engine, batch):
+        if engine.schedule is None and len(batch.x_T) > 2:
+            raise torch.OutOfMemoryError
+        return run_whole(engine, batch)
+
+    arguments = ("--num-sampling-steps", "2", "--num-images", "4")
+    whole = run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
+    monkeypatch.setattr(Engine, "_run", attempt)
+    halved = run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
+    assert (whole["images_at_once"], halved["images_at_once"]) == (4, 2)
+    assert whole["rows"] == halved["rows"] == 8
 
 
 def test_a_sampling_benchmark_names_its_own_flag(sampling, monkeypatch, tmp_path, capsys):

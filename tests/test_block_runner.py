@@ -8,9 +8,11 @@ from conftest import Golden, relative
 
 from harmonica.cache import Masking
 from harmonica.engine import block_runner
+from harmonica.predictors import LAST
 from harmonica.router import Router, threshold_schedule
 from harmonica.training.objective import Student, iepo_loss, leave_one_out
 from harmonica.training.sdt import train_trajectory
+from harmonica.training.trajectory import Rollout
 
 
 def gradients(golden: Golden, run, kind: str = "soft") -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +55,21 @@ def test_a_checkpointed_or_compiled_step_has_the_same_gradients(golden_b, compil
             assert relative(found, plain) < 1e-3 and relative(other, end) < 1e-5
         else:
             assert torch.equal(found, plain) and torch.equal(other, end)
+
+
+def test_what_runs_again_asks_no_generator(golden_b, monkeypatch):
+    """Nothing is drawn in a step."""
+
+    def asked():
+        raise AssertionError("a generator was asked for its state")
+
+    monkeypatch.setattr(torch, "get_rng_state", asked)
+    gradients(golden_b, block_runner(compiles=False, checkpoints=True))
+    plan = threshold_schedule(golden_b.logits, golden_b.costs, 0.4)
+    weights = torch.from_numpy(plan.compute.copy()).float().requires_grad_()
+    rollout = Rollout(plan.compute, LAST, checkpoints=True)
+    rollout(golden_b.trajectories(), weights).sum().backward()
+    assert weights.grad.any()
 
 
 @pytest.mark.parametrize("kind", ["hard", "fixed"])

@@ -3,13 +3,19 @@
 import contextlib
 import itertools
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Golden, relative
-from families import by_branches, tiny, tiny_trajectories
+from conftest import Golden, pytest_configure, relative
+from fake_graphs import FakeGraph, fake_cuda_graphs
+from families import by_branches, some_condition, tiny, tiny_trajectories
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmonica import engine
 from harmonica.backbone import load_backbone, reduce_precision, set_float32_products
@@ -17,6 +23,7 @@ from harmonica.baselines.delta_dit import delta_dit
 from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
+from harmonica.denoise import Tally, Trajectories
 from harmonica.engine import (
     EAGER,
     Acceleration,
@@ -28,10 +35,10 @@ from harmonica.engine import (
     planned_cache_bytes,
     run_branches,
 )
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.flops import Costs, measure_costs
-from harmonica.metrics.precision import single_precision
 from harmonica.options import build_parser, resolve
+from harmonica.precision import single_precision
 from harmonica.predictors import LAST, Extrapolation, Learned
 from harmonica.randomness import Draws
 from harmonica.replay_plan import Add, Compute, plan_replay
@@ -42,6 +49,7 @@ from harmonica.timing import timed
 from harmonica.training.config import TrainConfig
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trainer import Trainer
+from models.layers import gated
 
 NAMES = tuple(f"blocks.{i}.{k}" for i in range(3) for k in ("attn", "mlp"))
 COSTS = Costs(NAMES, (5, 9) * 3, 4)
@@ -84,6 +92,20 @@ def test_forecasts_replay_like_caching_branches(golden: Golden):
         # The predictor's weights are folded into the gates, which rounds elsewhere.
         assert relative(forecast, by_branches(batch, schedule)) < 2e-6
         assert relative(forecast, Engine(plain)(batch)) > 2e-5
+
+
+@torch.no_grad()
+def test_small_coefficients_count_in_half_precision():
+    """bfloat16 cannot tell 1.0015 from 1."""
+    batch = tiny_trajectories("dit")
+    reduce_precision(batch.model, torch.bfloat16)
+    plain, finals = cases("dit")[1], []
+    for channels in (1, batch.model.config.hidden_size):
+        learned = Learned.start(LAST, *plain.compute.shape, channels)
+        learned = replace(learned, level=torch.full_like(learned.level, 0.0015))
+        finals.append(Engine(replace(plain, predictor=learned))(batch))
+    assert torch.equal(*finals)
+    assert relative(finals[0], Engine(plain)(batch)) > 1e-4
 
 
 @torch.no_grad()
@@ -193,14 +215,28 @@ def test_conditioning_is_made_once_a_trajectory_or_a_window(golden_b: Golden, mo
 # Batches that do not fit into memory.
 
 
-def limited(monkeypatch, most: int) -> list[int]:
+TOO_MUCH = [
+    "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDA error: out of memory",
+]
+
+
+def out_of_memory(said: str) -> RuntimeError:
+    """As libraries say it; where they say nothing, torch does."""
+    return RuntimeError(said) if said else torch.OutOfMemoryError()
+
+
+def limited(monkeypatch, most: int, said: str = "") -> list[int]:
     """Give every engine the memory for so many samples; returns the sizes that it tries."""
     run, tried = Engine._run, []
 
     def attempt(engine, batch):
         tried.append(len(batch.x_T))
         if len(batch.x_T) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise out_of_memory(said)
         return run(engine, batch)
 
     monkeypatch.setattr(Engine, "_run", attempt)
@@ -232,6 +268,24 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(golden_b, sampler, monk
     assert tried == [2] * 4 and not capsys.readouterr().err  # known by now
 
 
+@pytest.mark.parametrize("said", TOO_MUCH)
+@torch.no_grad()
+def test_libraries_run_out_of_memory_in_words_of_their_own(golden_b, said, monkeypatch):
+    whole = Engine(None)(golden_b.trajectories())
+    tried = limited(monkeypatch, 1, said)
+    assert relative(Engine(None)(golden_b.trajectories()), whole) < 1e-5
+    assert tried == [3, 2, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_what_smaller_batches_do_not_help_is_raised(golden_b, monkeypatch):
+    for said in ("mat1 and mat2 shapes cannot be multiplied", "CUBLAS_STATUS_EXECUTION_FAILED"):
+        tried = limited(monkeypatch, 0, said)
+        with pytest.raises(RuntimeError, match=said):
+            Engine(None)(golden_b.trajectories())
+        assert len(tried) == 1
+
+
 @torch.no_grad()
 def test_an_image_that_does_not_fit_into_memory_is_refused(golden_b, monkeypatch):
     tried = limited(monkeypatch, most=0)
@@ -240,56 +294,83 @@ def test_an_image_that_does_not_fit_into_memory_is_refused(golden_b, monkeypatch
     assert tried[-1] == 1
 
 
-def test_training_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("said", ["", TOO_MUCH[1]])
+def test_training_that_does_not_fit_into_memory_is_refused(said, tmp_path, monkeypatch):
     swept = StepwiseLearner.sweep
 
     def sweep(learner, remaining):
         if learner.updates:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise out_of_memory(said)
         return swept(learner, remaining)
 
     monkeypatch.setattr(StepwiseLearner, "sweep", sweep)
     config = TrainConfig(num_sampling_steps=2, global_batch_size=2, results_dir=tmp_path)
     with pytest.raises(HarmonicaError) as refusal:
         Trainer(config).run()
-    for said in (
+    for named in (
         *("--global-batch-size", "--activation-checkpointing", "--lambda-rows"),
         "the last good checkpoint is",  # what was learned before is not lost
     ):
-        assert said in str(refusal.value)
+        assert named in str(refusal.value)
 
 
 # Precision and time.
+
+
+def rounding() -> tuple[str, bool]:
+    """Of matrix products, and of convolutions."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
 def test_float32_products_are_rounded_on_a_gpu_unless_a_flag_says_otherwise():
     def precision(device, *flags):
         config = resolve(BackboneConfig, build_parser(BackboneConfig, "").parse_args(flags))
         set_float32_products(config, torch.device(device))
-        return torch.get_float32_matmul_precision()
+        return rounding()
 
+    before, rounded, exact = rounding(), ("high", True), ("highest", False)
     try:
-        assert (precision("cuda"), precision("cuda", "--tf32")) == ("high", "high")
-        assert (precision("cuda", "--no-tf32"), precision("cpu")) == ("highest", "highest")
+        assert precision("cuda") == precision("cuda", "--tf32") == rounded
+        assert precision("cuda", "--no-tf32") == precision("cpu") == exact
         with pytest.raises(HarmonicaError, match="--tf32 needs a GPU"):
             precision("cpu", "--tf32")
         precision("cuda")
         load_backbone(BackboneConfig(), torch.device("cpu"))
-        assert torch.get_float32_matmul_precision() == "highest"
+        assert rounding() == exact
         precision("cuda")
         with single_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
+            assert rounding() == exact
+        assert rounding() == rounded
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def test_a_graph_is_captured_before_the_clock_starts(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    for device, warm_ups in (("cpu", 1), ("cuda", 2)):
-        calls = []
-        times = timed({"a": lambda calls=calls: calls.append(0)}, 3, torch.device(device))
-        assert len(calls) == warm_ups + 3 and times["a"].low <= times["a"].median
+class Operations(TorchDispatchMode):
+    """Notes what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_gated_sum_in_half_precision_makes_no_copies_on_a_gpu():
+    """With the autocast of a GPU, on tensors that have nothing of one but their device."""
+    with FakeTensorMode(), Operations() as operations:
+        x = torch.empty(2, 5, 8, device="cuda")
+        gate, update = (torch.empty(2, n, 8, device="cuda", dtype=torch.half) for n in (1, 5))
+        operations.seen.clear()
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            out = gated(x, gate, update)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert operations.seen == ["aten.addcmul.default"] and out.dtype == torch.float32
 
 
 @torch.no_grad()
@@ -305,6 +386,132 @@ def test_a_reused_block_runs_nothing(golden: Golden):
     for hook in hooks:
         hook.remove()
     assert sorted(calls) == sorted(list(range(len(golden.model.blocks))) * 4)
+
+
+# Captured trajectories.
+
+CAPTURED = Acceleration(captures=True)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[FakeGraph]:
+    """All CUDA graphs that are made: fake ones."""
+    return fake_cuda_graphs(monkeypatch)
+
+
+def other_batches(family: str, sampler: str, count: int = 4) -> list[Trajectories]:
+    """Of one model and shape, with nothing else in common; all but some samplers take no noise."""
+    draw = torch.Generator().manual_seed(5)
+    first = tiny_trajectories(family, create_sampler(sampler, 5))
+    batches = []
+    for k in range(count):
+        noise = torch.randn(5, *first.x_T.shape, generator=draw)
+        y = some_condition(first.model, len(first.x_T), seed=k)
+        x_T = torch.randn(first.x_T.shape, generator=draw)
+        batches.append(replace(first, y=y, x_T=x_T, noise=noise.__getitem__, tally=Tally()))
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [("dit", "ddim"), ("dit", "iddpm"), ("uvit", "dpm-solver"), ("pixart", "sa-solver")],
+)
+@torch.no_grad()
+def test_a_replayed_graph_is_of_the_batch_at_hand(family, sampler, graphs):
+    costs = measure_costs(tiny(family))
+    last = random_schedule(5, costs, Budget(cur=0.5), seed=1)
+    line = Extrapolation(1, tuple(map(float, range(5))))
+    learned = Learned.start(line, 5, len(costs.names), 1)
+    for schedule in (None, last, replace(last, predictor=learned)):
+        graphs.clear()
+        engine, batches = Engine(schedule, CAPTURED), other_batches(family, sampler)
+        finals = [engine(batch) for batch in batches]
+        # The first runs as it is, the second is captured.
+        assert [graph.replays for graph in graphs] == [3]
+        for final, batch in zip(finals, batches, strict=True):
+            assert batch.tally.evaluations == 5 * len(batch.x_T)
+            assert torch.equal(final, Engine(schedule)(batch))
+        assert relative(finals[3], finals[2]) > 0.1
+
+
+@torch.no_grad()
+def test_blocks_that_are_reused_whole_are_captured_too(graphs):
+    costs = measure_costs(tiny("uvit"))
+    whole_steps = replace(fora(5, costs, 2), reuses="outputs")
+    for blockwise in (delta_dit(5, costs, 2, 1, 2), whole_steps):
+        engine, batches = Engine(blockwise, CAPTURED), other_batches("uvit", "dpm-solver")
+        for batch in batches:
+            assert torch.equal(engine(batch), Engine(blockwise)(batch))
+        assert graphs.pop().replays == 3
+
+
+@torch.no_grad()
+def test_a_graph_is_captured_before_the_clock_starts(golden_b: Golden, graphs, monkeypatch):
+    run, runs, calls = Engine._run, [], []
+
+    def counting(engine, batch):
+        runs.append(batch)
+        return run(engine, batch)
+
+    monkeypatch.setattr(Engine, "_run", counting)
+    for device, how in (("cuda", CAPTURED), ("cpu", EAGER)):
+        engine, batch = Engine(schedules(golden_b)[2], how), golden_b.trajectories()
+
+        def call(engine=engine, batch=batch):
+            before = len(runs)
+            engine(batch)
+            calls.append(len(runs) - before)
+
+        calls.clear()
+        timing = timed({"a": call}, 3, torch.device(device))["a"]
+        assert timing.low <= timing.median <= timing.high
+        assert calls == ([1, 1, 0, 0, 0] if how.captures else [1, 1, 1, 1])
+    assert len(graphs) == 1 and graphs[0].replays == 4
+
+
+@torch.no_grad()
+def test_graphs_share_their_memory_while_there_are_any(golden_b: Golden, graphs):
+    def captured() -> Engine:
+        engine = Engine(None, CAPTURED)
+        for _ in range(2):
+            engine(golden_b.trajectories())
+        return engine
+
+    engines = [captured()]
+    engines.append(captured())
+    engines[0] = captured()
+    assert len({id(graph.pool()) for graph in graphs}) == 1
+    engines.clear()
+    captured()
+    assert graphs[3].pool() is not graphs[0].pool()  # which torch takes back
+
+
+@torch.no_grad()
+def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch):
+    streams = ["main"]
+
+    @contextlib.contextmanager
+    def failing(graph, pool=None):
+        streams.append("of the capture")  # where torch remains, as its own context fails
+        yield
+        raise RuntimeError("CUDA error: operation not permitted\nCompile with TORCH_USE_CUDA_DSA")
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        try:
+            yield
+        finally:
+            streams.append(chosen)
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    engine, batch = Engine(schedules(golden_b)[2], CAPTURED), golden_b.trajectories()
+    expected = engine(batch)
+    with pytest.warns(HarmonicaWarning, match=r"\(CUDA error: operation not permitted\)") as said:
+        assert torch.equal(engine(batch), expected) and torch.equal(engine(batch), expected)
+    assert len(said) == len(graphs) == 1 and not engine.how.captures
+    assert streams == ["main", "of the capture", "main"]
 
 
 # Compiled blocks.
@@ -334,9 +541,10 @@ def cases(family: str) -> list[Schedule]:
     return [*last, replace(last[1], predictor=Extrapolation(1, tuple(map(float, range(5)))))]
 
 
-def replay_compiled(family: str, tolerance: float) -> None:
+def replay_compiled(family: str, tolerance: float, dtype: torch.dtype = torch.float32) -> None:
     """Compiled replay of every case is the eager one, with few graphs and no break."""
     batch = tiny_trajectories(family)
+    reduce_precision(batch.model, dtype)
     full = batch.walk(State(batch.x_T), batch.predict).x
     with counted_graphs() as counters:
         for schedule in cases(family):
@@ -348,9 +556,10 @@ def replay_compiled(family: str, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("family", MOST_GRAPHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_replay_is_traced_whole_with_few_graphs(family, traced):
-    replay_compiled(family, 1e-6)
+def test_replay_is_traced_whole_with_few_graphs(family, dtype, traced):
+    replay_compiled(family, 1e-6, dtype)
 
 
 @torch.no_grad()
@@ -434,15 +643,27 @@ def test_running_some_branches_gives_their_values(golden_b: Golden):
     assert relative(after, x + modulations[1].gate * value) < 1e-6
 
 
+# On a GPU.
+
+
+@pytest.mark.parametrize(
+    ("marks", "hidden"),
+    [("not slow", True), ("", True), ("slow or not slow", True), ("not gpu", True), ("gpu", False)],
+)
+def test_only_tests_of_a_gpu_see_one(marks, hidden, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=marks)))
+    seen = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    assert subprocess.check_output(seen, text=True).strip() == ("" if hidden else "3")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_captured_trajectories_equal_eager_ones(sampler):
     compare_captured(BackboneConfig(sampler=sampler, num_sampling_steps=6, compile=False), 1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 5e-3), ("bf16", 0.05)])
 def test_compiled_and_captured_trajectories_equal_eager_ones(precision, tolerance):
     compare_captured(BackboneConfig(num_sampling_steps=6, mixed_precision=precision), tolerance)

@@ -22,7 +22,7 @@ from harmonica.backbone import Backbone, load_backbone
 from harmonica.cache import Blend, Cache
 from harmonica.conditions import Placeholders
 from harmonica.config import BackboneConfig
-from harmonica.denoise import Guidance
+from harmonica.denoise import Guidance, Trajectories
 from harmonica.engine import EAGER
 from harmonica.errors import HarmonicaError
 from harmonica.flops import measure_costs
@@ -167,6 +167,27 @@ def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelle
     assert not torch.equal(after[2], before[2])
     schedule = load_router(tmp_path / "results" / "000-DiT-Ti-4-T5").schedule
     assert schedule.compute[[0, 1, 3]].all() and schedule.cur == pytest.approx(0.3)
+
+
+def test_learning_to_cache_conditions_the_steps_of_its_pairs_alone(
+    tmp_path, labelled_images, monkeypatch
+):
+    condition, conditioned = Trajectories._condition, []
+
+    def noting(batch, steps):
+        conditioned.extend(steps)
+        return condition(batch, steps)
+
+    monkeypatch.setattr(Trajectories, "_condition", noting)
+    config = TrainConfig(
+        num_sampling_steps=7, global_batch_size=2, target_cur=0.2, method="learning-to-cache",
+        data=str(labelled_images), results_dir=tmp_path / "results",
+    )  # fmt: skip
+    learner = Trainer(config).learner
+    learned, update = [], learner.update
+    learner.update = lambda step: learned.append(step.s) or update(step)
+    learner.sweep()
+    assert conditioned == [step for s in learned for step in (s - 1, s)] and len(learned) == 3
 
 
 def test_learning_to_cache_compares_at_noised_images(tmp_path, labelled_images):
@@ -413,7 +434,6 @@ def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_training_on_a_gpu(precision, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import Golden, relative
+from fake_graphs import fake_cuda_graphs
 from torch.autograd.graph import saved_tensors_hooks
 
+from harmonica import engine
+from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import evenly_spaced, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, Replay
-from harmonica.engine import Engine
+from harmonica.engine import EAGER, Acceleration, Engine, add_gated, run_branches
 from harmonica.errors import HarmonicaError
 from harmonica.predictors import LAST, Extrapolation, LastValue, Learned, combine
 from harmonica.router import threshold_schedule
@@ -218,6 +221,39 @@ def test_exported_scores_give_the_exported_schedule(tmp_path):
         file = load_router(running.run().path)
         cut = threshold_schedule(file.logits, file.schedule.costs, file.info.threshold)
         assert np.array_equal(cut.compute, file.schedule.compute)
+
+
+def test_what_errors_are_measured_against_is_sampled_by_one_engine(tmp_path, monkeypatch):
+    """Captured once, for training and held-out batches; candidates are not captured."""
+    runs = []
+    for name, how in (("plain", EAGER), ("captured", Acceleration(captures=True))):
+        backbone = replace(load_backbone(TrainConfig(**CONFIG), torch.device("cpu")), how=how)
+        monkeypatch.setattr(
+            "harmonica.training.trainer.load_backbone", lambda *a, found=backbone, **k: found
+        )
+        graphs = fake_cuda_graphs(monkeypatch)
+        running = trainer(tmp_path / name)
+        swept = [running.learner.sweep() for _ in range(2)]
+        runs.append((swept, running.learner.history, running.tally.evaluations))
+    assert runs[0] == runs[1]
+    # Of two held-out batches the second is captured.
+    assert [graph.replays for graph in graphs] == [3]
+
+
+def test_held_out_seeds_are_sampled_as_fast_as_others(tmp_path, monkeypatch):
+    backbone = load_backbone(TrainConfig(**CONFIG), torch.device("cpu"))
+    monkeypatch.setattr(
+        "harmonica.training.trainer.load_backbone",
+        lambda *a, **k: replace(backbone, how=Acceleration(compiles=True, captures=True)),
+    )
+    fake_cuda_graphs(monkeypatch)
+    monkeypatch.setattr(engine, "_compiled", lambda function: compiled.add(function) or function)
+    compiled = set()
+    learner = trainer(tmp_path).learner
+    assert compiled == {run_branches, add_gated}
+    compiled.clear()
+    learner.values.held_out.uncached(learner.batches("train", 0, learner.samples))
+    assert not compiled  # which is a graph by now
 
 
 def test_a_worse_trial_changes_nothing(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line, read_safetensors
 from harmonica.metrics.collect import Rows
-from harmonica.metrics.precision import single_precision
+from harmonica.precision import single_precision
 
 IMAGE_SIZE = 32
 WIDTHS = (32, 64, 128, 256)

@@ -6,7 +6,7 @@ from torch import Tensor
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
 from harmonica.hub import whole
-from harmonica.metrics.precision import single_precision
+from harmonica.precision import single_precision
 from harmonica.weights import state_sha256
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from harmonica.metrics.collect import Rows
-from harmonica.metrics.precision import single_precision
+from harmonica.precision import single_precision
 
 SPATIAL_CHANNELS = 7
 

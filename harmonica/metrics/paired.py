@@ -10,8 +10,8 @@ from harmonica.files import first_line, read_torch
 from harmonica.image_error import ImageError
 from harmonica.metrics.collect import Rows
 from harmonica.metrics.images import Batch
-from harmonica.metrics.precision import single_precision
 from harmonica.metrics.weights import METRIC_WEIGHTS
+from harmonica.precision import single_precision
 
 
 class Lpips:

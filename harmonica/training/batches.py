@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from harmonica.backbone import Backbone
 from harmonica.denoise import Tally, Trajectories
 from harmonica.errors import HarmonicaError
+from harmonica.memory import is_out_of_memory
 from harmonica.randomness import Draws
 from harmonica.sampling import trajectories
 from models.transformer import call_block
@@ -42,7 +42,9 @@ def within_memory(objective: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         refresh = ", or lower --lambda-rows if it was a refresh of lambda"
         raise HarmonicaError(
             "training does not fit into the memory of the GPU; add --activation-checkpointing or "

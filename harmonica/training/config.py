@@ -277,8 +277,6 @@ class TrainConfig(BackboneConfig):
                 "--objective trajectory has no price for --l1; pass --target-cur or "
                 "--target-speedup"
             )
-        if self.cuda_graphs:
-            raise HarmonicaError("--cuda-graphs is for sampling, not for training; drop it")
         self._check_effects()
 
     def _check_learning_to_cache(self) -> None:
@@ -319,7 +317,10 @@ class TrainConfig(BackboneConfig):
         learns_values = self.predictor == "learned"
         has_effect = {
             **dict.fromkeys(STEPWISE, (not on_images, "--objective sdt")),
-            "compile": (not (on_images and self.compile), "--objective sdt"),
+            "cuda_graphs": (
+                on_images or learns_values or not self.cuda_graphs,
+                "--objective trajectory or --predictor learned",
+            ),
             "threshold": (self.l1 is not None, "--l1"),
             "refine": (
                 on_images and self.freeze_schedule is None,

@@ -25,21 +25,27 @@ def forwards(batches: Batches, name: str, config: TrainConfig, samples: int) -> 
 
 
 class HeldOut:
-    """Image error of schedules on the same seeds, averaged over processes."""
+    """Image error of schedules on the same seeds, averaged over processes.
+
+    Attributes:
+        uncached: samples what errors are measured against, here and in training.
+    """
 
     def __init__(self, config: TrainConfig, batches: Batches, samples: int):
         """``samples``: most of one forward of this process."""
-        self.accelerator = batches.accelerator
+        self.accelerator, self.how = batches.accelerator, batches.backbone.how
         self.batches = forwards(batches, "held-out", config, samples)
+        self.uncached = Engine(None, self.how)
         with torch.no_grad():
-            self.references = [Engine(None)(batch) for batch in self.batches]
+            self.references = [self.uncached(batch) for batch in self.batches]
 
     @torch.no_grad()
     def error(self, schedule: Schedule) -> float:
         """Mean squared error of the final latents against the uncached ones; infinite where it is
         not a number.
         """
-        engine = Engine(schedule)
+        # These few batches are all that the schedule is run on: a graph would not pay.
+        engine = Engine(schedule, replace(self.how, captures=False))
         return self.distance([engine(batch) for batch in self.batches])
 
     def distance(self, latents: Sequence[Tensor]) -> float:

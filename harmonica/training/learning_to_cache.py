@@ -124,6 +124,7 @@ class LearningToCache(TrainingMethod):
             noise=lambda s: draws.step_noise(s, indices, backbone.latent_shape).to(x0.device),
             compares_all=self.batches.compares_all,
             indices=indices,
+            steps_ahead=1,  # two steps are all that is made of it
             tally=self.batches.tally,
         )
 

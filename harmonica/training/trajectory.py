@@ -166,7 +166,9 @@ class Rollout:
         for s in range(start.s, batch.num_steps):
             batch.conditioning(s)  # known before anything is run twice
             if self.checkpoints:
-                state, histories = checkpoint(step, s, state, histories, use_reentrant=False)
+                state, histories = checkpoint(
+                    step, s, state, histories, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 state, histories = step(s, state, histories)
             yield Position(s + 1, state, histories)

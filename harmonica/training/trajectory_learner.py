@@ -16,7 +16,6 @@ from tqdm import tqdm
 from harmonica.baselines.fixed import evenly_spaced
 from harmonica.plots import learning_curve
 from harmonica.router import Router, budget_schedule, highest_reused
-from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from harmonica.training.batches import Batches
 from harmonica.training.config import TrainConfig
@@ -114,7 +113,7 @@ class TrajectoryLearner:
         """One batch of trajectories, one update."""
         batch = self.batches("train", self.updates, self.samples)
         with torch.no_grad():
-            reference = batch.walk(State(batch.x_T), batch.predict).x
+            reference = self.values.held_out.uncached(batch)
         logits = self.router.logits()
         schedule = self._schedule_of(logits)
         decisions = None
