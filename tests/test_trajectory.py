@@ -234,7 +234,7 @@ def test_what_errors_are_measured_against_is_sampled_by_one_engine(tmp_path, mon
         graphs = fake_cuda_graphs(monkeypatch)
         running = trainer(tmp_path / name)
         swept = [running.learner.sweep() for _ in range(2)]
-        runs.append((swept, running.learner.history, running.tally.evaluations))
+        runs.append((swept, running.learner.learned.history, running.tally.evaluations))
     assert runs[0] == runs[1]
     # Of two held-out batches the second is captured.
     assert [graph.replays for graph in graphs] == [3]
