@@ -59,6 +59,7 @@ class Trainer:
         )
         self.tally, self._started = batches.tally, time.monotonic()
         self._earlier = Effort()  # parts of the run that this one goes on from
+        self._effort_of_updates = Effort()
         self.interruption = Interruption()
         consensus = Consensus(self.accelerator, self.interruption)
         frozen = None
@@ -123,6 +124,8 @@ class Trainer:
             disable=not self._is_main,
         ) as bar:
             self._hold(progress)
+            if learner.trials and learner.updates < total:  # exchanges are left behind
+                self._earlier = self._effort_of_updates
             while learner.updates < total:
                 before = learner.updates
                 record = learner.sweep(total - before)
@@ -151,6 +154,8 @@ class Trainer:
 
     def _hold(self, progress: Progress) -> None:
         stage = Stage(self.learner.updates, self.learner.trials)
+        if not stage.trials:
+            self._effort_of_updates = self.effort
         progress.hold(stage, self._state, self.learner.sweep_length)
 
     def _state(self) -> dict[str, Any]:
@@ -166,6 +171,7 @@ class Trainer:
             "hashes": self._hashes,
             "learner": self.learner.state_dict(),
             "effort": asdict(self.effort),
+            "effort_of_updates": asdict(self._effort_of_updates),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -189,6 +195,7 @@ class Trainer:
         try:
             self.learner.load_state_dict(state["learner"])
             self._earlier = Effort(**state.get("effort", {}))
+            self._effort_of_updates = Effort(**state.get("effort_of_updates", {}))
             self.tally.evaluations = 0  # setting up was counted when the run began
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
