@@ -38,6 +38,7 @@ from harmonica.training.exchanges import Exchanges
 from harmonica.training.objective import ESTIMATORS
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.trainer import Trainer
+from harmonica.training.trajectory_learner import Best
 from models import MODELS
 
 SMALL = {
@@ -264,6 +265,14 @@ def test_accelerate_launches_it(tmp_path):
     assert (tmp_path / "results" / "000-DiT-Ti-4-T3" / "router.safetensors").is_file()
 
 
+def assert_same_end(one: tuple[Best, int], other: tuple[Best, int]) -> None:
+    """Of two runs: the best, and evaluations that it took."""
+    (best, effort), (best_of_other, effort_of_other) = one, other
+    assert best.schedule == best_of_other.schedule and best.history == best_of_other.history
+    assert torch.equal(best.logits, best_of_other.logits)
+    assert effort == effort_of_other
+
+
 def test_exchanges_end_at_a_signal_and_go_on(tmp_path, monkeypatch):
     options = {
         "objective": "trajectory", "held_out_batch_size": 2, "held_out_every": 3, "max_steps": 2,
@@ -277,9 +286,10 @@ def test_exchanges_end_at_a_signal_and_go_on(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return attempt(self, count)
 
-    monkeypatch.setattr(
-        Training, "_export", lambda self, directory: ended.append(self.learner.best)
-    )
+    def finished(self, directory):
+        ended.append((self.learner.best, self.effort.evaluations))
+
+    monkeypatch.setattr(Training, "_export", finished)
     one = train(tmp_path / "one", **options)
     with monkeypatch.context() as patched:
         patched.setattr(Exchanges, "attempt", interrupted)
@@ -287,13 +297,13 @@ def test_exchanges_end_at_a_signal_and_go_on(tmp_path, monkeypatch):
             train(tmp_path / "two", **options)
         two = train(tmp_path / "two", resume="auto", **options)
     assert attempts == [1, 2] * 3
-    assert learned(one) == learned(two) and ended[0].schedule == ended[1].schedule
-    assert ended[0].history == ended[1].history and torch.equal(ended[0].logits, ended[1].logits)
+    assert learned(one) == learned(two)
+    assert_same_end(*ended)
     # Further updates know nothing of exchanges before them.
     longer = {**options, "max_steps": 4}
     train(tmp_path / "two", resume="auto", **longer)
     assert learned(train(tmp_path / "whole", **longer)) == learned(two)
-    assert ended[2].history == ended[3].history
+    assert_same_end(*ended[2:])
 
 
 def test_a_run_does_not_go_on_with_other_files(tmp_path, labelled_images, bundled_costs):

@@ -65,6 +65,7 @@ class Trainer:
         )
         self.tally, self._started = batches.tally, time.monotonic()
         self._earlier = Effort()  # parts of the run that this one goes on from
+        self._effort_of_updates = Effort()
         self.interruption = Interruption()
         consensus = Consensus(self.accelerator, self.interruption)
         frozen = None
@@ -129,6 +130,8 @@ class Trainer:
             disable=not self._is_main,
         ) as bar:
             self._hold(progress)
+            if learner.trials and learner.updates < total:  # exchanges are left behind
+                self._earlier = self._effort_of_updates
             while learner.updates < total:
                 before = learner.updates
                 record = learner.sweep(total - before)
@@ -157,6 +160,8 @@ class Trainer:
 
     def _hold(self, progress: Progress) -> None:
         stage = Stage(self.learner.updates, self.learner.trials)
+        if not stage.trials:
+            self._effort_of_updates = self.effort
         progress.hold(stage, self._state, self.learner.sweep_length)
 
     def _state(self) -> dict[str, Any]:
@@ -172,6 +177,7 @@ class Trainer:
             "hashes": self._hashes,
             "learner": self.learner.state_dict(),
             "effort": asdict(self.effort),
+            "effort_of_updates": asdict(self._effort_of_updates),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -190,8 +196,8 @@ class Trainer:
                 )
             self._refuse_other_files(state)
             self.learner.load_state_dict(state["learner"])
-            known = Effort(**state.get("effort", {}))
-            self._earlier = Effort(count(known.evaluations), number(known.seconds))
+            self._earlier = _effort(state.get("effort", {}))
+            self._effort_of_updates = _effort(state.get("effort_of_updates", {}))
             self.tally.evaluations = 0  # setting up was counted when the run began
             scaler, saved = self.accelerator.scaler, state["scaler"]
             if scaler is not None and saved is not None:
@@ -307,3 +313,9 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         # A peer that is gone ends the run at once, one that does not answer after this time.
         kwargs_handlers=[scaler, InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
     )
+
+
+def _effort(state: dict[str, Any]) -> Effort:
+    """That of a checkpoint."""
+    known = Effort(**state)
+    return Effort(count(known.evaluations), number(known.seconds))

@@ -180,21 +180,27 @@ class TrajectoryLearner:
         Raises:
             Interrupted: a process was asked to end.
         """
+        counted, is_begun = self.batches.tally.evaluations, self.search is not None
         best = self._tried() if self.updates % self.config.held_out_every else self.learned
         if self.config.refine:
-            best = self._refined(best, hold)
+            search = self._search(best)
+            if is_begun:  # what it has come to was counted before it was interrupted
+                self.batches.tally.evaluations = counted
+            best = self._refined(best, search, hold)
         self.consensus.stop_if_asked()
         schedule = self.values.decided(best.schedule)
         history = (*best.history, (self.updates, self.values.held_out.error(schedule)))
         self.finished = Best(schedule, best.logits, history)
 
-    def _refined(self, best: Best, hold: Callable[[], None]) -> Best:
-        """Exchange computed for reused branches, one or two pairs at a time, where it helps."""
+    def _search(self, best: Best) -> Exchanges:
+        """One that begins at the best, or goes on."""
         held_out = self.values.held_out
-        if self.search is None:
-            search = Exchanges(held_out, best.schedule, best.logits, self.config.global_seed)
-        else:
-            search = Exchanges.going_on(held_out, best.schedule, self.search)
+        if self.search is not None:
+            return Exchanges.going_on(held_out, best.schedule, self.search)
+        return Exchanges(held_out, best.schedule, best.logits, self.config.global_seed)
+
+    def _refined(self, best: Best, search: Exchanges, hold: Callable[[], None]) -> Best:
+        """Exchange computed for reused branches, one or two pairs at a time, where it helps."""
         trials = tqdm(
             range(search.trials, self.config.refine),
             desc="exchanges",
