@@ -6,12 +6,14 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # srun does not take it over from sbatch.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+# Of its own: jobs may share a node.
+PORT=$((10000 + SLURM_JOB_ID % 20000))
 
 launch() {
   srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-    --rdzv_endpoint="$MASTER_ADDR:29500" --max-restarts=3 "$@" &
+    --rdzv_endpoint="$MASTER_ADDR:$PORT" --max-restarts=3 "$@" &
   local running=$! status ending=0 interrupted=1
 
   # Not to srun, which answers SIGTERM by killing what it runs. This goes to the processes of all

@@ -355,6 +355,16 @@ def test_a_job_is_asked_to_end_and_comes_back_unless_it_was_done(tmp_path, signu
     assert (tmp_path / "cpus").read_text() == "3\n"
 
 
+def test_jobs_that_share_a_node_meet_at_ports_of_their_own(tmp_path):
+    environment = stand_ins_for_slurm(tmp_path, **{".venv/bin/python": 'echo "$@" >> started'})
+    for number in ("7", "8", "20007"):
+        job = slurm_job(tmp_path, {**environment, "SLURM_JOB_ID": number}, "slurm_train.sh")
+        said, _ = job.communicate(timeout=30)
+        assert job.returncode == 0, said
+    ports = re.findall(r"--rdzv_endpoint=127\.0\.0\.1:(\d+)", (tmp_path / "started").read_text())
+    assert ports == ["10007", "10008", "10007"]
+
+
 def test_a_preempted_job_comes_back(tmp_path, nightly, faults):
     job = functools.partial(slurm_job, tmp_path, stand_ins_for_slurm(tmp_path))
     training = [*TRAIN[:-4], "--results-dir", "runs"]
