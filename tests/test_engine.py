@@ -624,13 +624,30 @@ def test_compiled_replay_of_a_trained_model_is_the_same_up_to_rounding(golden_b:
         assert not counters["graph_break"]
 
 
-def test_adding_in_groups_is_adding_one_by_one():
-    x, *values = torch.randn(6, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    gates = [value[:, :1] for value in values]
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_adding_in_groups_is_adding_one_by_one(golden_b: Golden, has_weights, monkeypatch):
+    """Eighteen branches, of which every sixth has no gate: in groups of 8, 4, 2 and 1 of a kind."""
+    x, *values = torch.randn(19, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    gates = [None if k % 6 == 5 else value[:, :1].sin() for k, value in enumerate(values)]
+    weights = [torch.tensor([0.1 * k]) for k in range(len(values))]
+    rows = list(zip(gates, weights, values, strict=True))
     expected = x
-    for gate, value in zip(gates, values, strict=True):
+    for gate, weight, value in sorted(rows, key=lambda row: row[0] is None):
+        weight = weight if has_weights else torch.ones(1)
+        gate = weight if gate is None else gate * weight
         expected = torch.addcmul(expected, gate, value)
-    assert torch.equal(add_gated(x, gates, values), expected)
+    groups = []
+
+    def counting(function):
+        return lambda x, *columns: groups.append(len(columns[0])) or function(x, *columns)
+
+    monkeypatch.setattr(engine, "_compiled", counting)
+    batch = golden_b.trajectories()
+    replay = PlannedReplay(batch, Recipe(None, batch), COMPILED)
+    add = add_weighted if has_weights else add_gated
+    rows = rows if has_weights else [(gate, value) for gate, _, value in rows]
+    assert torch.equal(replay._add_compiled(add, x, rows), expected)
+    assert groups == [8, 4, 2, 1, 2, 1]
 
 
 def test_running_some_branches_gives_their_values(golden_b: Golden):
