@@ -308,7 +308,7 @@ def test_training_that_does_not_fit_into_memory_is_refused(said, tmp_path, monke
     with pytest.raises(HarmonicaError) as refusal:
         Trainer(config).run()
     for named in (
-        *("--global-batch-size", "--activation-checkpointing", "--lambda-rows"),
+        *("--global-batch-size", "--activation-checkpointing", "--lambda-batch-size"),
         "the last good checkpoint is",  # what was learned before is not lost
     ):
         assert named in str(refusal.value)

@@ -38,6 +38,7 @@ from harmonica.training.batches import Batches, samples_per_process
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus
 from harmonica.training.learner import StepwiseLearner
+from harmonica.training.objective import Student
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.sdt import BetaControl, router_optimizer
 from harmonica.training.trainer import Trainer
@@ -167,6 +168,25 @@ def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelle
     assert not torch.equal(after[2], before[2])
     schedule = load_router(tmp_path / "results" / "000-DiT-Ti-4-T5").schedule
     assert schedule.compute[[0, 1, 3]].all() and schedule.cur == pytest.approx(0.3)
+
+
+def test_a_refresh_remembers_what_does_not_fit(tmp_path, monkeypatch):
+    forward, tried = Student._forward, []
+
+    def limited(student, forks, *arguments):
+        tried.append(len(forks))
+        if len(forks) > 1:
+            raise torch.OutOfMemoryError
+        forward(student, forks, *arguments)
+
+    monkeypatch.setattr(Student, "_forward", limited)
+    config = TrainConfig(num_sampling_steps=4, global_batch_size=2, results_dir=tmp_path)
+    learner = Trainer(config).learner
+    learner.refresh_weights()
+    assert max(tried) == 2 and learner.lambda_rows == config.lambda_batch_size == 4
+    tried.clear()
+    learner.refresh_weights()
+    assert set(tried) == {1}
 
 
 def test_learning_to_cache_conditions_the_steps_of_its_pairs_alone(
