@@ -78,18 +78,27 @@ class Blend:
     Args:
         cached: what stands in for f(x); None computes plainly.
         weight: () router score in [0, 1], differentiable; of no account where nothing is cached.
+        keeps_fresh: remember f(x) rather than the blend.
+        is_stored: whether it is going to be asked. No affair of the call: every choice of branches
+            would be another graph where that is compiled.
     """
 
-    def __init__(self, cached: Tensor | None, weight: Tensor | None):
+    def __init__(
+        self,
+        cached: Tensor | None,
+        weight: Tensor | None,
+        keeps_fresh: bool = True,
+        is_stored: bool = True,
+    ):
         self.cached, self.weight = cached, weight
-        self.fresh: Tensor | None = None
-        self.blended: Tensor | None = None
+        self.keeps_fresh, self.is_stored = keeps_fresh, is_stored
+        self.kept: Tensor | None = None
 
     def __call__(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         value = blended = fn(x)
         if self.cached is not None:
             blended = torch.lerp(self.cached, value, self.weight.to(value.dtype))
-        self.fresh, self.blended = value.detach(), blended.detach()
+        self.kept = (value if self.keeps_fresh else blended).detach()
         return blended
 
 
@@ -108,7 +117,7 @@ def fill(cache: Cache, batch: Trajectories, s: int, x: Tensor) -> Tensor:
     branches = [Blend(None, None) for _ in range(len(cache))]
     output = batch.predict(s, x, branches)
     for i, branch in enumerate(branches):
-        cache.store(i, s, branch.fresh)
+        cache.store(i, s, branch.kept)
     return output
 
 
@@ -152,11 +161,12 @@ class Masking:
             weights = decided + (weights - weights.detach())
         branches: list[Blend | Reuse] = []
         for i, weight in enumerate(weights.unbind()):
+            keeps = self.stores_fresh, bool(self.computes[s, i])
             if caches[0].is_empty(i) or (is_fixed and self.computes[s, i]):
-                branches.append(Blend(None, None))
+                branches.append(Blend(None, None, *keeps))
                 continue
             cached = join_rows([cache.predict(i, s) for cache in caches], halves)
-            branches.append(Reuse(cached) if is_fixed else Blend(cached, weight))
+            branches.append(Reuse(cached) if is_fixed else Blend(cached, weight, *keeps))
         return branches
 
     def store(
@@ -165,7 +175,6 @@ class Masking:
         """After step s has run with these branches: what counts as computed enters the caches."""
         for i, branch in enumerate(branches):
             if self.computes[s, i]:
-                value = branch.fresh if self.stores_fresh else branch.blended
-                parts = part_rows(value, len(caches), halves)
+                parts = part_rows(branch.kept, len(caches), halves)
                 for cache, part in zip(caches, parts, strict=True):
                     cache.store(i, s, part)

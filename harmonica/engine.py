@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from harmonica.block_reuse import BlockReplay
+from harmonica.cache import Blend
 from harmonica.denoise import Trajectories, precision_of
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import first_line
@@ -92,10 +93,21 @@ def block_runner(compiles: bool, checkpoints: bool) -> Callable[..., Tensor]:
         checkpoints: keep a block's input alone, and run it again for its gradients.
     """
     run = _compiled(call_block) if compiles else call_block
-    if not checkpoints:
-        return run
-    # Nothing in a block draws numbers: no generator has to be kept for running it again.
-    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    if checkpoints:
+        # Nothing in a block draws numbers: no generator has to be kept for running it again.
+        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return partial(_run_forgetting, run)
+
+
+def _run_forgetting(
+    run: Callable[..., Tensor], block: Block, x: Tensor, parts: tuple[Part, ...], branches: tuple
+) -> Tensor:
+    """``run``, after which blends that nothing will be stored of remember nothing."""
+    x = run(block, x, parts, branches)
+    for branch in branches:
+        if isinstance(branch, Blend) and not branch.is_stored:
+            branch.kept = None
+    return x
 
 
 class Recipe:

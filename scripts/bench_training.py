@@ -112,6 +112,7 @@ def measure(config: BenchConfig, learner: StepwiseLearner) -> dict:
         "refresh_evaluations": evaluations / learner.lambda_samples,
         "refresh_evaluations_limit": steps + steps * (steps + 1) // 2,
         "refresh_forwards": len(of_refresh),
+        "refresh_rows_at_once": learner.lambda_rows,
         "refresh_seconds": refresh,
         "hours_projected": (
             PUBLISHED_UPDATES * per_update

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from harmonica.cache import Cache, Replay
-from harmonica.denoise import Guidance, Trajectories
+from harmonica.denoise import Guidance, Tally, Trajectories
 from harmonica.samplers import Sampler, State, create_sampler
 from harmonica.schedule import Schedule
 from models import MODELS, ModelSpec
@@ -121,6 +121,19 @@ def tiny_trajectories(
         "x_T": torch.randn(shape, generator=torch.Generator().manual_seed(2)),
     }
     return Trajectories(**{**fields, **changes})
+
+
+def other_batches(family: str, sampler: str, count: int = 4) -> list[Trajectories]:
+    """Of one model and shape, with nothing else in common."""
+    draw = torch.Generator().manual_seed(5)
+    first = tiny_trajectories(family, create_sampler(sampler, 5))
+    batches = []
+    for k in range(count):
+        noise = torch.randn(5, *first.x_T.shape, generator=draw)
+        y = some_condition(first.model, len(first.x_T), seed=k)
+        x_T = torch.randn(first.x_T.shape, generator=draw)
+        batches.append(replace(first, y=y, x_T=x_T, noise=noise.__getitem__, tally=Tally()))
+    return batches
 
 
 def replay_branches(cache: Cache, s: int, row: Sequence[bool]) -> list[Branch]:

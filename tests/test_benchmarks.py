@@ -113,7 +113,7 @@ def test_a_training_benchmark(monkeypatch, tmp_path):
     assert found["refresh_evaluations"] == 4 + 3 + 3
     assert found["refresh_evaluations"] <= found["refresh_evaluations_limit"]
     # At the last step two forks run in one forward.
-    assert found["refresh_forwards"] == 9
+    assert found["refresh_forwards"] == 9 and found["refresh_rows_at_once"] == 64
     # Forwards make their conditioning as sweeps do: two of either, with warm-up, and refreshes.
     assert windows.count(4) == 2 + 2 + 2
     assert found["seconds_per_update"] > 0 and found["forwards_per_update"] > 0

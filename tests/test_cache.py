@@ -6,8 +6,8 @@ import torch
 from conftest import Golden, relative
 from families import replay_branches
 
-from harmonica.cache import Cache, Masking, Replay
-from harmonica.engine import Engine
+from harmonica.cache import Cache, Masking, Replay, fill
+from harmonica.engine import Engine, block_runner
 from harmonica.router import threshold_schedule
 from harmonica.samplers import State, create_sampler
 from harmonica.schedule import Schedule
@@ -93,6 +93,18 @@ def test_blend_stores_the_blend_or_the_fresh_value():
             assert branches[0](lambda x, plus=plus: x + plus, torch.zeros(1)).item() == seen
             masking.store([cache], s, branches)
         assert cache.predict(0, 2).item() == expected
+
+
+@pytest.mark.parametrize("stores_fresh", [False, True])
+def test_only_what_is_stored_is_remembered_to_the_end_of_a_step(golden: Golden, stores_fresh):
+    schedule = threshold_schedule(golden.logits, golden.costs, 0.4)
+    masking = Masking(schedule.compute, "soft", stores_fresh)
+    batch, cache = golden.trajectories(run=block_runner(False, False)), masking.cache()
+    fill(cache, batch, 0, batch.x_T)
+    branches = masking.branches([cache], 1, golden.logits[1])
+    batch.predict(1, batch.x_T, branches)
+    assert [branch.kept is not None for branch in branches] == schedule.compute[1].tolist()
+    assert 0 < schedule.compute[1].sum() < len(branches)
 
 
 def test_below_the_cut_the_cache_keeps_its_value():

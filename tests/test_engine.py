@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Golden, pytest_configure, relative
 from fake_graphs import FakeGraph, fake_cuda_graphs
-from families import by_branches, some_condition, tiny, tiny_trajectories
+from families import by_branches, other_batches, tiny, tiny_trajectories
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +23,6 @@ from harmonica.baselines.delta_dit import delta_dit
 from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
-from harmonica.denoise import Tally, Trajectories
 from harmonica.engine import (
     EAGER,
     Acceleration,
@@ -40,10 +39,8 @@ from harmonica.flops import Costs, measure_costs
 from harmonica.options import build_parser, resolve
 from harmonica.precision import single_precision
 from harmonica.predictors import LAST, Extrapolation, Learned
-from harmonica.randomness import Draws
 from harmonica.replay_plan import Add, Compute, plan_replay
-from harmonica.samplers import SAMPLERS, State, create_sampler
-from harmonica.sampling import sample, trajectories
+from harmonica.samplers import State, create_sampler
 from harmonica.schedule import Schedule
 from harmonica.timing import timed
 from harmonica.training.config import TrainConfig
@@ -308,7 +305,7 @@ def test_training_that_does_not_fit_into_memory_is_refused(said, tmp_path, monke
     with pytest.raises(HarmonicaError) as refusal:
         Trainer(config).run()
     for named in (
-        *("--global-batch-size", "--activation-checkpointing", "--lambda-rows"),
+        *("--global-batch-size", "--activation-checkpointing", "--lambda-batch-size"),
         "the last good checkpoint is",  # what was learned before is not lost
     ):
         assert named in str(refusal.value)
@@ -397,19 +394,6 @@ CAPTURED = Acceleration(captures=True)
 def graphs(monkeypatch) -> list[FakeGraph]:
     """All CUDA graphs that are made: fake ones."""
     return fake_cuda_graphs(monkeypatch)
-
-
-def other_batches(family: str, sampler: str, count: int = 4) -> list[Trajectories]:
-    """Of one model and shape, with nothing else in common; all but some samplers take no noise."""
-    draw = torch.Generator().manual_seed(5)
-    first = tiny_trajectories(family, create_sampler(sampler, 5))
-    batches = []
-    for k in range(count):
-        noise = torch.randn(5, *first.x_T.shape, generator=draw)
-        y = some_condition(first.model, len(first.x_T), seed=k)
-        x_T = torch.randn(first.x_T.shape, generator=draw)
-        batches.append(replace(first, y=y, x_T=x_T, noise=noise.__getitem__, tally=Tally()))
-    return batches
 
 
 @pytest.mark.parametrize(
@@ -624,13 +608,30 @@ def test_compiled_replay_of_a_trained_model_is_the_same_up_to_rounding(golden_b:
         assert not counters["graph_break"]
 
 
-def test_adding_in_groups_is_adding_one_by_one():
-    x, *values = torch.randn(6, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    gates = [value[:, :1] for value in values]
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_adding_in_groups_is_adding_one_by_one(golden_b: Golden, has_weights, monkeypatch):
+    """Eighteen branches, of which every sixth has no gate: in groups of 8, 4, 2 and 1 of a kind."""
+    x, *values = torch.randn(19, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    gates = [None if k % 6 == 5 else value[:, :1].sin() for k, value in enumerate(values)]
+    weights = [torch.tensor([0.1 * k]) for k in range(len(values))]
+    rows = list(zip(gates, weights, values, strict=True))
     expected = x
-    for gate, value in zip(gates, values, strict=True):
+    for gate, weight, value in sorted(rows, key=lambda row: row[0] is None):
+        weight = weight if has_weights else torch.ones(1)
+        gate = weight if gate is None else gate * weight
         expected = torch.addcmul(expected, gate, value)
-    assert torch.equal(add_gated(x, gates, values), expected)
+    groups = []
+
+    def counting(function):
+        return lambda x, *columns: groups.append(len(columns[0])) or function(x, *columns)
+
+    monkeypatch.setattr(engine, "_compiled", counting)
+    batch = golden_b.trajectories()
+    replay = PlannedReplay(batch, Recipe(None, batch), COMPILED)
+    add = add_weighted if has_weights else add_gated
+    rows = rows if has_weights else [(gate, value) for gate, _, value in rows]
+    assert torch.equal(replay._add_compiled(add, x, rows), expected)
+    assert groups == [8, 4, 2, 1, 2, 1]
 
 
 def test_running_some_branches_gives_their_values(golden_b: Golden):
@@ -643,9 +644,6 @@ def test_running_some_branches_gives_their_values(golden_b: Golden):
     assert relative(after, x + modulations[1].gate * value) < 1e-6
 
 
-# On a GPU.
-
-
 @pytest.mark.parametrize(
     ("marks", "hidden"),
     [("not slow", True), ("", True), ("slow or not slow", True), ("not gpu", True), ("gpu", False)],
@@ -655,32 +653,3 @@ def test_only_tests_of_a_gpu_see_one(marks, hidden, monkeypatch):
     pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=marks)))
     seen = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
     assert subprocess.check_output(seen, text=True).strip() == ("" if hidden else "3")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_captured_trajectories_equal_eager_ones(sampler):
-    compare_captured(BackboneConfig(sampler=sampler, num_sampling_steps=6, compile=False), 1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("no", 5e-3), ("bf16", 0.05)])
-def test_compiled_and_captured_trajectories_equal_eager_ones(precision, tolerance):
-    compare_captured(BackboneConfig(num_sampling_steps=6, mixed_precision=precision), tolerance)
-
-
-def compare_captured(config: BackboneConfig, tolerance: float) -> None:
-    """Batches of a graph with eager ones."""
-    backbone = load_backbone(config, torch.device("cuda"))
-    schedule = random_schedule(6, backbone.costs, Budget(cur=0.5), seed=0)
-    eager, captured = Engine(schedule), Engine(schedule, backbone.how)
-    finals = []
-    with torch.inference_mode():
-        # The second batch captures a graph, which the third replays.
-        for first in (0, 4, 8):
-            batch = trajectories(backbone, Draws(0, "sample"), range(first, first + 4))
-            finals.append(captured(batch))
-            assert relative(finals[-1], eager(batch)) < tolerance
-    assert relative(finals[2], finals[1]) > 0.1
-    latents = sample(backbone, schedule, Draws(0, "sample"), range(6), batch_size=4)
-    assert latents.isfinite().all()

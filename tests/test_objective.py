@@ -7,6 +7,7 @@ import torch
 from conftest import Golden, relative
 
 from harmonica.cache import Cache, Masking
+from harmonica.denoise import Trajectories
 from harmonica.router import Router, threshold_schedule
 from harmonica.samplers import SAMPLERS, State, create_sampler
 from harmonica.training.objective import (
@@ -87,6 +88,45 @@ def test_side_by_side_changes_nothing(golden: Golden, estimator, sampler, count)
     one, other = estimator(alone), estimator(together)
     assert relative(other.image[1:], one.image[1:]) < 1e-4
     assert relative(other.output[1:], one.output[1:]) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", [leave_one_out, cumulative])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+def test_rollouts_that_do_not_fit_side_by_side_go_on_in_smaller_forwards(
+    golden: Golden, estimator, sampler, monkeypatch, capsys
+):
+    subject = student(golden, sampler=create_sampler(sampler, golden.num_steps))
+    samples = len(subject.trajectories.x_T)
+    rows = samples * subject.trajectories.guidance.halves
+    expected = estimator(replace(subject, most_rows=2 * rows))
+    walk, tried = Trajectories.walk, []
+
+    def failing(batch, state, *arguments, **options):
+        following = walk(batch, state, *arguments, **options)  # memory is short at the very end
+        tried.append(len(state.x) // samples)
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError
+        return following
+
+    monkeypatch.setattr(Trajectories, "walk", failing)
+    large = replace(subject, most_rows=5 * rows)
+    found = estimator(large)
+    assert torch.equal(found.image, expected.image)
+    assert torch.equal(found.output, expected.output)
+    assert large.most_rows == 2 * rows and sorted(set(tried)) == [1, 2, 3]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{3 * rows} rows" in said and f"with {2 * rows}" in said
+
+
+def test_a_rollout_that_does_not_fit_by_itself_is_refused(golden: Golden, monkeypatch):
+    subject = replace(student(golden), most_rows=100)
+
+    def failing(forks, *arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(subject, "_forward", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        leave_one_out(subject)
 
 
 @pytest.mark.parametrize("estimator", [leave_one_out, cumulative])

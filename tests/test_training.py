@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import ROOT, free_port, relative, run_command
 from families import replay_branches, tiny
 from processes import Group
@@ -23,7 +22,6 @@ from harmonica.cache import Blend, Cache
 from harmonica.conditions import Placeholders
 from harmonica.config import BackboneConfig
 from harmonica.denoise import Guidance, Trajectories
-from harmonica.engine import EAGER
 from harmonica.errors import HarmonicaError
 from harmonica.flops import measure_costs
 from harmonica.interruption import Interruption
@@ -32,12 +30,12 @@ from harmonica.randomness import Draws
 from harmonica.router import Router
 from harmonica.router_file import RouterFile, load_router, save_router
 from harmonica.samplers import SAMPLERS, State, create_sampler
-from harmonica.sampling import load_schedule, sample, trajectories
-from harmonica.schedule import Schedule
+from harmonica.sampling import load_schedule, sample
 from harmonica.training.batches import Batches, samples_per_process
 from harmonica.training.config import TrainConfig
 from harmonica.training.consensus import Consensus
 from harmonica.training.learner import StepwiseLearner
+from harmonica.training.objective import Student
 from harmonica.training.run_directory import RunDirectory
 from harmonica.training.sdt import BetaControl, router_optimizer
 from harmonica.training.trainer import Trainer
@@ -167,6 +165,25 @@ def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelle
     assert not torch.equal(after[2], before[2])
     schedule = load_router(tmp_path / "results" / "000-DiT-Ti-4-T5").schedule
     assert schedule.compute[[0, 1, 3]].all() and schedule.cur == pytest.approx(0.3)
+
+
+def test_a_refresh_remembers_what_does_not_fit(tmp_path, monkeypatch):
+    forward, tried = Student._forward, []
+
+    def limited(student, forks, *arguments):
+        tried.append(len(forks))
+        if len(forks) > 1:
+            raise torch.OutOfMemoryError
+        forward(student, forks, *arguments)
+
+    monkeypatch.setattr(Student, "_forward", limited)
+    config = TrainConfig(num_sampling_steps=4, global_batch_size=2, results_dir=tmp_path)
+    learner = Trainer(config).learner
+    learner.refresh_weights()
+    assert max(tried) == 2 and learner.lambda_rows == config.lambda_batch_size == 4
+    tried.clear()
+    learner.refresh_weights()
+    assert set(tried) == {1}
 
 
 def test_learning_to_cache_conditions_the_steps_of_its_pairs_alone(
@@ -431,23 +448,3 @@ def test_bf16_trains_and_samples_nearly_the_same_images(tmp_path):
         samples.append(sample(load_backbone(config, CPU), None, draws, range(4)))
     assert samples[0].dtype == torch.float32
     assert relative(*samples) < 0.04  # 1.4 % was seen
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_training_on_a_gpu(precision, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(
-        TrainConfig(
-            num_sampling_steps=4, global_batch_size=8, max_steps=9, mixed_precision=precision,
-            results_dir=tmp_path,
-        )
-    )  # fmt: skip
-    directory = trainer.run()
-    assert load_router(directory.path).schedule.cur == 0.5
-    backbone, draws = replace(trainer.backbone, how=EAGER), Draws(0, "sample")
-    full = Schedule.full(4, backbone.costs)
-    replayed = sample(backbone, full, draws, range(4))
-    batch = trajectories(backbone, draws, range(4))
-    with torch.inference_mode():
-        assert torch.equal(replayed, batch.walk(State(batch.x_T), batch.predict).x.cpu())

@@ -45,7 +45,7 @@ def within_memory(objective: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        refresh = ", or lower --lambda-rows if it was a refresh of lambda"
+        refresh = ", or --lambda-batch-size and --lambda-rows if it was a refresh of lambda"
         raise HarmonicaError(
             "training does not fit into the memory of the GPU; add --activation-checkpointing or "
             f"lower --global-batch-size{refresh if objective == 'sdt' else ''}"

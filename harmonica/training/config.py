@@ -169,7 +169,8 @@ class TrainConfig(BackboneConfig):
     )
     lambda_rows: int = option(
         64,
-        "model rows of one forward of a refresh: as many rollouts run side by side as fit",
+        "most model rows of one forward of a refresh: as many rollouts run side by side as fit, "
+        "fewer where a GPU's memory is short",
         low=1,
     )
     lambda_form: str | None = option(

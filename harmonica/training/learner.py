@@ -114,6 +114,7 @@ class StepwiseLearner:
         self.lambda_samples = batches.samples(
             config.lambda_batch_size, "--lambda-batch-size", halves=halves
         )
+        self.lambda_rows = config.lambda_rows
         self.method = self._training_method()
         self.router = self._first_router().to(self.accelerator.device)
         self._decided()  # a target out of reach is refused before anything is written
@@ -200,9 +201,10 @@ class StepwiseLearner:
     def _measured_errors(self) -> tuple[Tensor, Tensor]:
         """(T,) of the image, (T,) of the outputs; see ``ImageErrors``. On the CPU."""
         batch = self.batches("lambda", len(self.refreshes), self.lambda_samples)
-        student = Student(batch, self.router.logits(), self.masking(), self.config.lambda_rows)
+        student = Student(batch, self.router.logits(), self.masking(), self.lambda_rows)
         with torch.no_grad():
             errors = ESTIMATORS[self.config.lambda_estimator](student)
+        self.lambda_rows = student.most_rows  # fewer, if so many did not fit into memory
         where = f"the image-error weights of update {self.updates}"
         origin = Origin(where, batch.indices, errors.finite)
         image, output = self.consensus.mean(torch.stack([errors.image, errors.output]), origin)

@@ -5,6 +5,7 @@ estimator walks the base trajectory once and branches off it, T + T(T-1)/2 model
 all.
 """
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from harmonica.cache import Cache, Masking, fill
 from harmonica.denoise import Trajectories, part_rows
+from harmonica.engine import block_runner
+from harmonica.memory import is_out_of_memory
 from harmonica.samplers import State
-from models.transformer import call_block
 
 
 @dataclass
@@ -30,12 +32,13 @@ class Fork:
     first: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Student:
     """A router at work on a batch of trajectories, without gradient.
 
     Attributes:
-        most_rows: of one forward, for rollouts that run side by side.
+        most_rows: of one forward, for rollouts that run side by side; fewer once so many did not
+            fit into the memory of a GPU.
     """
 
     trajectories: Trajectories
@@ -61,51 +64,86 @@ class Student:
         return self.trajectories.walk(state, predict, start=s, stop=s + 1), outputs[0]
 
     @property
+    def _rows(self) -> int:
+        """Of one rollout."""
+        return len(self.trajectories.x_T) * self.trajectories.guidance.halves
+
+    @property
     def side_by_side(self) -> int:
-        """Rollouts that fit into one forward."""
-        rows = len(self.trajectories.x_T) * self.trajectories.guidance.halves
-        return max(1, self.most_rows // rows)
+        """Rollouts of one forward."""
+        return max(1, self.most_rows // self._rows)
 
     def finish(self, forks: list[Fork], reuses: bool) -> list[Tensor]:
-        """Final latents of some forks, which run side by side: one forward per step.
+        """Final latents of some forks, which run side by side: a step in as few forwards as may be.
 
         Args:
             reuses: whether the router is active in them.
         """
         for s in range(min(fork.start for fork in forks), self.trajectories.num_steps):
-            self._advance([fork for fork in forks if fork.start <= s], s, reuses)
+            standing = [fork for fork in forks if fork.start <= s]
+            while standing:
+                part = standing[: self.side_by_side]
+                if self._advance(part, s, reuses):
+                    standing = standing[len(part) :]
         return [fork.state.x for fork in forks]
 
-    def _advance(self, forks: list[Fork], s: int, reuses: bool) -> None:
-        """Step s of forks that stand there, in one forward."""
+    def _advance(self, forks: list[Fork], s: int, reuses: bool) -> bool:
+        """Step s of forks that stand there, in one forward; False if that takes too much memory."""
+        try:
+            self._forward(forks, s, reuses)
+            return True
+        except RuntimeError as error:
+            if len(forks) == 1 or not is_out_of_memory(error):
+                raise
+        # Not in the handler, whose exception holds on to what the attempt has allocated.
+        torch.cuda.empty_cache()
+        self.most_rows = (len(forks) + 1) // 2 * self._rows
+        print(
+            f"{len(forks) * self._rows} rows of a refresh of lambda do not fit into the memory of "
+            f"the GPU at once; going on with {self.most_rows}",
+            file=sys.stderr,
+        )
+        return False
+
+    def _forward(self, forks: list[Fork], s: int, reuses: bool) -> None:
+        """The forks change where all of it has been done, and not before."""
         batch = self.trajectories.repeated(len(forks))
         if len(forks) not in (1, self.side_by_side):
             # While a group fills up its size changes at every step: too many shapes to compile.
-            batch = replace(batch, run=call_block)
-        halves, caches = batch.guidance.halves, [fork.cache for fork in forks]
+            batch = replace(batch, run=block_runner(compiles=False, checkpoints=False))
+        halves, outputs = batch.guidance.halves, []
+        caches = [fork.cache.branched() for fork in forks] if reuses else []
 
         def predict(s: int, x: Tensor) -> Tensor:
             branches = None
             if reuses:
                 branches = self.masking.branches(caches, s, self.logits[s], halves)
-            output = batch.predict(s, x, branches)
+            outputs.append(batch.predict(s, x, branches))
             if reuses:
                 self.masking.store(caches, s, branches, halves)
-            for fork, part in zip(forks, part_rows(output, len(forks), halves), strict=True):
-                fork.first = part if fork.start == s else fork.first
-            return output
+            return outputs[0]
 
-        states = [fork.state for fork in forks]
-        history = zip(*(state.history for state in states), strict=True)
-        joined = State(
-            torch.cat([state.x for state in states]), tuple(torch.cat(kept) for kept in history)
-        )
-        following = batch.walk(joined, predict, start=s, stop=s + 1)
-        parts = zip(*(kept.chunk(len(forks)) for kept in following.history), strict=True)
-        histories = list(parts) or [()] * len(forks)
-        xs = following.x.chunk(len(forks))
-        for fork, x, kept in zip(forks, xs, histories, strict=True):
-            fork.state = State(x, kept)
+        following = batch.walk(_joined([fork.state for fork in forks]), predict, s, s + 1)
+        states = _parted(following, len(forks))
+        firsts = part_rows(outputs[0], len(forks), halves)
+        for fork, state, first in zip(forks, states, firsts, strict=True):
+            fork.state = state
+            fork.first = first if fork.start == s else fork.first
+        for fork, cache in zip(forks, caches, strict=False):
+            fork.cache = cache
+
+
+def _joined(states: list[State]) -> State:
+    """Of several batches, as that of one."""
+    history = zip(*(state.history for state in states), strict=True)
+    return State(torch.cat([state.x for state in states]), tuple(torch.cat(x) for x in history))
+
+
+def _parted(state: State, count: int) -> list[State]:
+    """Inverse of ``_joined``, for batches of one size."""
+    histories = list(zip(*(kept.chunk(count) for kept in state.history), strict=True))
+    xs = state.x.chunk(count)
+    return [State(x, kept) for x, kept in zip(xs, histories or [()] * count, strict=True)]
 
 
 @dataclass(frozen=True)
