@@ -147,18 +147,22 @@ def _check_encoded(encoded: EncodedPrompts, config: BackboneConfig) -> None:
             f"channels, and --model {config.model} takes {expected[0]} of {expected[1]}; encode "
             "them for this model"
         )
-    doubts = []
     if encoded.encoder != config.text_encoder:
-        doubts.append(
-            f"by {encoded.encoder}, not by {config.text_encoder}: --model {config.model} may not "
-            f"understand them; encode them again, or pass --text-encoder {encoded.encoder} if it "
-            "is the same"
+        warnings.warn(
+            f"the prompts were encoded by {encoded.encoder}, not by {config.text_encoder}: --model "
+            f"{config.model} may not understand them; encode them again, or pass --text-encoder "
+            f"{encoded.encoder} if it is the same",
+            HarmonicaWarning,
+            stacklevel=3,
         )
     if encoded.lowercased != spec.lowercases_prompts:
-        was, wants = ("in lower case", "as written")[:: 1 if encoded.lowercased else -1]
-        doubts.append(f"{was}, and --model {config.model} wants them {wants}; encode them again")
-    for doubt in doubts:
-        warnings.warn(f"the prompts were encoded {doubt}", HarmonicaWarning, stacklevel=3)
+        spelling = {True: "in lower case", False: "as written"}
+        warnings.warn(
+            f"the prompts were encoded {spelling[encoded.lowercased]}, and --model {config.model} "
+            f"wants them {spelling[spec.lowercases_prompts]}; encode them again",
+            HarmonicaWarning,
+            stacklevel=3,
+        )
 
 
 def load_conditions(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -59,7 +59,14 @@ class TextEncoder:
         self._transformers, self._model = transformers, None
         self._tokenizer = self._load(transformers.AutoTokenizer, "tokenizer")
 
-    def _load(self, kind: Any, subfolder: str, **options: Any) -> Any:
+    def _load(
+        self,
+        kind: Any,
+        subfolder: str,
+        checked: Callable[[Any], Any] = lambda loaded: loaded,
+        **options: Any,
+    ) -> Any:
+        """A part of the encoder; ``checked`` makes it of what ``from_pretrained`` gives."""
         places = [{"subfolder": subfolder}, {}]  # of a pipeline, or a T5 alone
         folder, first = Path(self._source), None
         if folder.is_dir():
@@ -68,11 +75,7 @@ class TextEncoder:
         load = partial(kind.from_pretrained, use_safetensors=True, trust_remote_code=False)
         for place in places:
             try:
-                if subfolder == "tokenizer":
-                    return load(self._source, **place, **options)
-                # The files may be those of a whole T5, with its decoder.
-                loaded = load(self._source, **place, **options, output_loading_info=True)
-                return whole(loaded, may_hold_more=True)
+                return checked(load(self._source, **place, **options))
             except Exception as error:  # what is wrong in a config fails wherever it is first used
                 first = first or error
         remedy = "pass a T5 or a pipeline of the Hub, or the folder of a copy"
@@ -96,14 +99,20 @@ class TextEncoder:
         if self.reading.lowercases:
             plain = [text.lower() for text in plain]
         length = self.reading.max_tokens
-        whole = self._tokenizer(plain).input_ids
+        uncut = self._tokenizer(plain).input_ids
         cut = self._tokenizer(plain, truncation=True, max_length=length).input_ids
-        return cut, sum(len(a) > len(b) for a, b in zip(whole, cut, strict=True))
+        return cut, sum(len(a) > len(b) for a, b in zip(uncut, cut, strict=True))
 
     def _load_model(self, device: torch.device) -> Any:
         # Half precision on a GPU; transformers keeps in float32 what overflows in it.
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        model = self._load(self._transformers.T5EncoderModel, "text_encoder", dtype=dtype)
+        model = self._load(
+            self._transformers.T5EncoderModel,
+            "text_encoder",
+            partial(whole, may_hold_more=True),  # files of a whole T5 hold its decoder
+            dtype=dtype,
+            output_loading_info=True,
+        )
         if len(self._tokenizer) > model.config.vocab_size:
             raise HarmonicaError(
                 f"--text-encoder {self.name} has a tokenizer of {len(self._tokenizer)} tokens and "

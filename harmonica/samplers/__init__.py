@@ -10,7 +10,7 @@ from collections.abc import Callable
 from harmonica.diffusion import TRAIN_STEPS, Diffusion
 from harmonica.errors import HarmonicaError
 from harmonica.samplers.discrete import DDIM, IDDPM
-from harmonica.samplers.multistep import dpm_solver_pp, sa_solver
+from harmonica.samplers.multistep import DPM_SOLVERS_PP, dpm_solver_pp, sa_solver
 from harmonica.samplers.sampler import Sampler, State
 from harmonica.samplers.singlestep import dpm_solver
 
@@ -22,17 +22,14 @@ SAMPLERS: dict[str, Callable[[int, str, float], Sampler]] = {
     "iddpm": lambda steps, noise, eta: IDDPM(Diffusion.respaced(steps, noise)),
     "dpm-solver": lambda steps, noise, eta: dpm_solver(steps, 2, noise),
     "dpm-solver-3": lambda steps, noise, eta: dpm_solver(steps, 3, noise),
-    "dpm-solver++": lambda steps, noise, eta: dpm_solver_pp(steps, noise, "dpm-solver++"),
-    "dpm-solver++-euler": lambda steps, noise, eta: dpm_solver_pp(
-        steps, noise, "dpm-solver++-euler"
-    ),
-    "dpm-solver++-zero": lambda steps, noise, eta: dpm_solver_pp(steps, noise, "dpm-solver++-zero"),
+    **{
+        name: lambda steps, noise, eta, name=name: dpm_solver_pp(steps, noise, name)
+        for name in DPM_SOLVERS_PP
+    },
     "sa-solver": lambda steps, noise, eta: sa_solver(steps, noise),
 }
 # The library's solvers space T + 1 timesteps in what training had.
-MOST_STEPS = dict.fromkeys(
-    ("dpm-solver++", "dpm-solver++-euler", "dpm-solver++-zero", "sa-solver"), TRAIN_STEPS - 1
-)
+MOST_STEPS = dict.fromkeys((*DPM_SOLVERS_PP, "sa-solver"), TRAIN_STEPS - 1)
 
 
 def create_sampler(

@@ -101,6 +101,10 @@ class SASolver(Multistep):
         return State(following, (*solver.model_outputs, x, noise))
 
 
+# They differ in how they end.
+DPM_SOLVERS_PP = ("dpm-solver++", "dpm-solver++-euler", "dpm-solver++-zero")
+
+
 def dpm_solver_pp(
     num_steps: int, noise_schedule: str = "linear", name: str = "dpm-solver++"
 ) -> DPMSolverMultistep:

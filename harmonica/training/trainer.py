@@ -102,9 +102,9 @@ class Trainer:
         """
         config, length = self.config, self.learner.sweep_length
         limits = [
-            count
-            for count in (config.max_steps, config.epochs and config.epochs * length)
-            if count is not None
+            limit
+            for limit in (config.max_steps, config.epochs and config.epochs * length)
+            if limit is not None
         ]
         weights_hash = self.backbone.weights_hash
         with Progress(config, weights_hash, self.interruption, self._is_main) as progress:
