@@ -5,9 +5,10 @@ values bit for bit in float32; forecasts, which are folded into the gates, and c
 elsewhere.
 """
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import ClassVar
@@ -225,6 +226,20 @@ class PlannedReplay:
         return x
 
 
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Around a capture: one that fails leaves torch's generators, which wait for its end, as they
+    were.
+    """
+    kept = [(generator, generator.clone_state()) for generator in torch.cuda.default_generators]
+    try:
+        yield
+    except RuntimeError:
+        for generator, state in kept:
+            generator.graphsafe_set_state(state)
+        raise
+
+
 class CapturedTrajectory:
     """A whole trajectory as one CUDA graph, for batches of one shape.
 
@@ -245,8 +260,9 @@ class CapturedTrajectory:
         inputs = replace(batch, y=self.y, x_T=self.x_T, noise=self.noise.__getitem__, tally=None)
         self.graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._all), None)
-        # The outer context, because a capture that fails does not give the stream back.
+        # The stream's context, because a capture that fails does not give it back.
         with (
+            generators_kept(),
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(self.graph, pool=pool),
         ):

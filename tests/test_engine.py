@@ -472,11 +472,14 @@ def test_graphs_share_their_memory_while_there_are_any(golden_b: Golden, graphs)
 
 @torch.no_grad()
 def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch):
-    streams = ["main"]
+    streams, generator = ["main"], SimpleNamespace(state="free")
+    generator.clone_state = lambda: generator.state
+    generator.graphsafe_set_state = lambda state: setattr(generator, "state", state)
 
     @contextlib.contextmanager
     def failing(graph, pool=None):
         streams.append("of the capture")  # where torch remains, as its own context fails
+        generator.state = "waiting for the end of the capture"
         yield
         raise RuntimeError("CUDA error: operation not permitted\nCompile with TORCH_USE_CUDA_DSA")
 
@@ -488,6 +491,7 @@ def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch)
             streams.append(chosen)
 
     monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "stream", stream)
     engine, batch = Engine(schedules(golden_b)[2], CAPTURED), golden_b.trajectories()
@@ -495,7 +499,7 @@ def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch)
     with pytest.warns(HarmonicaWarning, match=r"\(CUDA error: operation not permitted\)") as said:
         assert torch.equal(engine(batch), expected) and torch.equal(engine(batch), expected)
     assert len(said) == len(graphs) == 1 and not engine.how.captures
-    assert streams == ["main", "of the capture", "main"]
+    assert streams == ["main", "of the capture", "main"] and generator.state == "free"
 
 
 # Compiled blocks.

@@ -286,5 +286,5 @@ def test_the_trajectory_objective_on_a_gpu(tmp_path):
     uncached = trainer.learner.values.held_out.uncached
     assert uncached.how.captures and len(uncached._captured) == 1
     assert load_router(directory.path).schedule.cur == 0.5
-    errors = [error for _, error in trainer.learner.history]
+    errors = [error for _, error in trainer.learner.best.history]
     assert 0 < errors[-1] <= 1.001 * errors[0]

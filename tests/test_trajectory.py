@@ -214,6 +214,47 @@ def test_training_on_images_meets_its_budget_and_never_gets_worse(tmp_path):
         load_schedule_file(folder / "schedule.json")[0]
 
 
+def test_coefficients_learn_alone_once_the_schedule_is_settled(tmp_path):
+    options = {"predictor": "learned", "coefficients": "scalar", "held_out_every": 3}
+    learner = trainer(tmp_path, **options, schedule_updates=2, max_steps=4).learner
+    held_out, tried = learner.values.held_out, []
+    error, answers = held_out.error, iter([0.0])  # the first trial is the best, and settles it
+    held_out.error = lambda schedule: tried.append(schedule) or next(answers, error(schedule))
+    scores = [learner.logits()]
+    for _ in range(4):
+        learner.sweep()
+        scores.append(learner.router.logits())
+    assert not torch.equal(scores[0], scores[1]) and not torch.equal(scores[1], scores[2])
+    assert torch.equal(scores[2], scores[3]) and torch.equal(scores[3], scores[4])
+    # Tried when it settles, and then at its turn, with coefficients that went on from there.
+    settled, last = tried
+    assert np.array_equal(settled.compute, last.compute)
+    assert not torch.equal(settled.predictor.level, last.predictor.level)
+    assert relative(last.predictor.level, settled.predictor.level) < 2
+
+
+def test_a_run_in_parts_settles_as_one_does(tmp_path):
+    options = {"predictor": "learned", "coefficients": "scalar", "held_out_every": 3}
+    options |= {"schedule_updates": 2}
+    whole = trainer(tmp_path / "whole", **options, max_steps=4).run()
+    for steps in (2, 4):
+        parts = trainer(tmp_path / "parts", **options, max_steps=steps, resume="auto").run()
+    assert load_router(parts.router).schedule == load_router(whole.router).schedule
+
+
+def test_training_starts_from_the_better_place_of_the_rest(tmp_path, monkeypatch):
+    for is_early in (False, True):
+        learner = trainer(tmp_path, target_cur=0.4, max_steps=1).learner
+        late, early = learner._starts()
+        assert late.macs == early.macs and not np.array_equal(late.compute, early.compute)
+        better = early if is_early else late
+        monkeypatch.setattr(
+            "harmonica.training.held_out.HeldOut.error",
+            lambda self, plan, better=better: float((plan.compute != better.compute).any()),
+        )
+        assert trainer(tmp_path, target_cur=0.4).learner.schedule() == better
+
+
 def test_exported_scores_give_the_exported_schedule(tmp_path):
     """Whatever held-out seeds kept: the file's threshold cuts where its schedule does."""
     for options in ({"held_out_every": 100}, {"predictor": "taylor1", "refine": 3}):

@@ -30,7 +30,7 @@ def taylorseer(num_steps: int, costs: Costs, interval: int, order: int) -> Sched
     return Schedule(compute, costs, predictor=TaylorSeer(order))
 
 
-def _evenly_reused(num_steps: int, costs: Costs, count: int) -> Schedule:
+def _evenly_reused(num_steps: int, costs: Costs, count: int, is_early: bool) -> Schedule:
     """``count`` branch outputs reused: whole steps spread evenly, the rest in one more step."""
     steps, rest = divmod(count, len(costs.names))
     compute = np.ones((num_steps, len(costs.names)), dtype=bool)
@@ -38,16 +38,20 @@ def _evenly_reused(num_steps: int, costs: Costs, count: int) -> Schedule:
     for k in range(steps):
         compute[max(k + 1, round((k + 1) * num_steps / steps) - 1)] = False
     if rest:
-        compute[np.flatnonzero(compute.all(axis=1))[-1], :rest] = False
+        computed = np.flatnonzero(compute.all(axis=1))
+        compute[computed[1] if is_early and len(computed) > 1 else computed[-1], :rest] = False
     return Schedule(compute, costs)
 
 
-def evenly_spaced(num_steps: int, costs: Costs, budget: Budget) -> Schedule:
+def evenly_spaced(num_steps: int, costs: Costs, budget: Budget, is_early: bool = False) -> Schedule:
     """FORA for any budget: whole reused steps, spread evenly over the trajectory.
 
     The samplers' steps are evenly spaced in time, so these are uniform in time too. Where the
     budget is no whole number of steps, the last computed one reuses its first branches. With half
     the steps reused and an even T this is FORA with interval 2.
+
+    Args:
+        is_early: not the last computed step reuses the rest, but the first after the very first.
 
     Raises:
         HarmonicaError: more than everything after the first step would have to be reused.
@@ -55,7 +59,7 @@ def evenly_spaced(num_steps: int, costs: Costs, budget: Budget) -> Schedule:
 
     def candidates() -> Iterator[Schedule]:
         for count in range((num_steps - 1) * len(costs.names) + 1):
-            yield _evenly_reused(num_steps, costs, count)
+            yield _evenly_reused(num_steps, costs, count, is_early)
 
     return budget.first(candidates())
 

@@ -60,6 +60,13 @@ class Coefficients(nn.Module):
         level, slope = (torch.stack([row.detach() for row in t]) for t in (self.level, self.slope))
         return Learned(self.base, level.cpu(), slope.cpu())
 
+    @torch.no_grad()
+    def go_on_from(self, learned: Learned) -> None:
+        """Take its coefficients; its base is this one's."""
+        for mine, other in ((self.level, learned.level), (self.slope, learned.slope)):
+            for row, values in zip(mine, other, strict=True):
+                row.copy_(values)
+
 
 class _Regressed:
     """A skipped branch that also computes, fits its coefficients, and returns the fitted value."""

@@ -29,6 +29,8 @@ REMEDIES = ("lr", "coefficient_lr", "adam_eps", "mixed_precision")
 UPDATES = {"sdt": 1000, "trajectory": 40}
 ROWS = {"sdt": 16, "trajectory": 8}
 UNSAVED = {"sdt": 1000, "trajectory": 5}
+# Updates of the schedule before its coefficients learn alone, without --schedule-updates.
+MOVING = 20
 HELD_OUT_ROWS = 64  # at least: errors of seeds have heavy tails
 # What step-wise training alone takes notice of.
 STEPWISE = (
@@ -38,7 +40,7 @@ STEPWISE = (
 # What suits one objective and not the other.
 OF_OBJECTIVE = (
     *STEPWISE, "refine", "global_batch_size", "held_out_batch_size", "held_out_every", "lr",
-    "adam_eps", "max_steps", "epochs", "ckpt_every",
+    "adam_eps", "max_steps", "epochs", "ckpt_every", "schedule_updates",
 )  # fmt: skip
 
 
@@ -53,9 +55,13 @@ class TrainConfig(BackboneConfig):
         (("l1",), ("objective",)),
         (("method",), ("data", "lambda_form", "compares_all", "objective", "predictor")),
         (("objective",), OF_OBJECTIVE),
-        (("predictor",), ("fit", "coefficients", "coefficient_lr", "coordinate")),
+        (
+            ("predictor",),
+            ("fit", "coefficients", "coefficient_lr", "coordinate", "schedule_updates"),
+        ),
+        (("fit",), ("schedule_updates",)),
         (("target_cur", "target_speedup"), ("threshold",)),
-        (("freeze_schedule",), (*BUDGETS, "refine", "threshold")),
+        (("freeze_schedule",), (*BUDGETS, "refine", "threshold", "schedule_updates")),
         (("epochs", "max_steps"), ("epochs", "max_steps")),
         (("global_batch_size",), ("lambda_batch_size", "held_out_batch_size")),
     )
@@ -141,6 +147,13 @@ class TrainConfig(BackboneConfig):
     coefficient_lr: float = option(0.003, "Adam learning rate of the coefficients", low=0)
     freeze_schedule: Path | None = option(
         None, "learn coefficients alone, for the schedule of this router file or schedule JSON"
+    )
+    schedule_updates: int | None = option(
+        None,
+        "updates that move the schedule with --objective trajectory, where coefficients learn by "
+        "gradient; later ones are of coefficients alone, at the schedule that was best by then; "
+        f"default: {MOVING}",
+        low=0,
     )
     refine: int = option(
         0,
@@ -229,6 +242,15 @@ class TrainConfig(BackboneConfig):
             if self.method == "learning-to-cache":
                 form = "constant"
             object.__setattr__(self, "lambda_form", form)
+
+        if self.schedule_updates is None and self._settles:
+            object.__setattr__(self, "schedule_updates", MOVING)
+
+    @property
+    def _settles(self) -> bool:
+        """Whether there are coefficients that can learn after the schedule."""
+        learns = self.predictor == "learned" and self.fit == "gradient"
+        return learns and self.objective == "trajectory" and self.freeze_schedule is None
 
     @property
     def budget(self) -> Budget | None:
@@ -326,6 +348,11 @@ class TrainConfig(BackboneConfig):
             "refine": (
                 on_images and self.freeze_schedule is None,
                 "--objective trajectory without --freeze-schedule",
+            ),
+            "schedule_updates": (
+                self._settles,
+                "--objective trajectory with --predictor learned, --fit gradient and no "
+                "--freeze-schedule",
             ),
             "held_out_every": (on_images, "--objective trajectory"),
             "held_out_batch_size": (

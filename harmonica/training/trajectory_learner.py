@@ -1,7 +1,8 @@
 """Learns schedule and coefficients on the error of the final image, at a budget met exactly.
 
 Started from whole reused steps, evenly spaced; a schedule replaces the best one so far only if it
-does better on held-out seeds, so noise in the gradient cannot make it worse.
+does better on held-out seeds, so noise in the gradient cannot make it worse. Coefficients learn
+along, and then alone: a schedule that moves gives them no time to fit to it.
 """
 
 from collections.abc import Callable, Mapping
@@ -64,30 +65,46 @@ class TrajectoryLearner:
         self.is_frozen = frozen is not None
         self.accelerator, self.backbone = batches.accelerator, batches.backbone
         self.samples = batches.samples(config.global_batch_size, "--global-batch-size")
-        steps, costs = config.num_sampling_steps, self.backbone.costs
-        start = frozen or evenly_spaced(steps, costs, config.budget)
-        self.router = Router.deciding(start.compute).to(self.accelerator.device)
-        self.values = Values(config, batches, start, self.samples)
+        starts = [frozen] if frozen is not None else self._starts()
+        self.values = Values(config, batches, starts[0], self.samples)
+        starts = [replace(start, predictor=self.values.frozen()) for start in starts]
+        errors = [self.values.held_out.error(start) for start in starts]
+        first = starts[errors.index(min(errors))]
+        self.router = Router.deciding(first.compute).to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(
             optimizer_of(config, self.router, self.values.parameters)
         )
         self.average = self.router.logits()
         self.updates = 0
-        first = replace(start, predictor=self.values.frozen())
-        history = ((0, self.values.held_out.error(first)),)
-        self.learned = Best(first, self.router.logits(), history)
+        self.learned = Best(first, self.router.logits(), ((0, min(errors)),))
         self.finished: Best | None = None
         # Of exchanges, as far as they have been tried since the last update.
         self.search: dict[str, Any] | None = None
+
+    def _starts(self) -> list[Schedule]:
+        """Evenly spaced ones, which differ in where they reuse what is no whole step."""
+        steps, costs, budget = (
+            self.config.num_sampling_steps,
+            self.backbone.costs,
+            self.config.budget,
+        )
+        late, early = (evenly_spaced(steps, costs, budget, is_early) for is_early in (False, True))
+        return [late] if (late.compute == early.compute).all() else [late, early]
 
     @property
     def learns(self) -> bool:
         return not self.is_frozen or bool(self.values.parameters)
 
-    def _schedule_of(self, logits: Tensor) -> Schedule:
-        if self.is_frozen:
-            return self.learned.schedule
-        return budget_schedule(logits, self.backbone.costs, self.config.budget)
+    def _moves(self, update: int) -> bool:
+        """Whether this update, counted from 0, is of the schedule."""
+        end = self.config.schedule_updates
+        return not self.is_frozen and (end is None or update < end)
+
+    def _schedule_of(self, logits: Tensor, update: int) -> Schedule:
+        """What an update takes the scores for."""
+        if self._moves(update):
+            return budget_schedule(logits, self.backbone.costs, self.config.budget)
+        return self.learned.schedule
 
     @property
     def best(self) -> Best:
@@ -111,13 +128,16 @@ class TrajectoryLearner:
 
     def sweep(self, remaining: int | None = None) -> dict[str, float]:
         """One batch of trajectories, one update."""
+        if self.updates == self.config.schedule_updates:
+            self._settle()
+        moves = self._moves(self.updates)
         batch = self.batches("train", self.updates, self.samples)
         with torch.no_grad():
             reference = self.values.held_out.uncached(batch)
         logits = self.router.logits()
-        schedule = self._schedule_of(logits)
+        schedule = self._schedule_of(logits, self.updates)
         decisions = None
-        if not self.is_frozen:
+        if moves:
             rows = torch.cat([logits[:1], torch.stack(list(self.router.rows))])
             hard = torch.from_numpy(schedule.compute.copy()).to(rows)
             decisions = hard + (rows - rows.detach())
@@ -137,7 +157,8 @@ class TrajectoryLearner:
             self.router.clamp(s)
         self.updates += 1
         self.search = None
-        self.average.lerp_(self.router.logits(), 1 - AVERAGING)
+        if moves:
+            self.average.lerp_(self.router.logits(), 1 - AVERAGING)
         if self.updates % self.config.held_out_every == 0:
             self.learned = self._tried()
         means = self.accelerator.reduce(
@@ -150,20 +171,27 @@ class TrajectoryLearner:
         """Over processes; of the scores without what is common to all: the budget takes it back."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.consensus.average_all([p for p in parameters if p.grad is not None], loss, origin)
-        if not self.is_frozen:
-            rows = [row.grad for row in self.router.rows]
+        rows = [row.grad for row in self.router.rows if row.grad is not None]
+        if rows:
             common = torch.stack(rows).mean()
             for grad in rows:
                 grad -= common
 
+    def _settle(self) -> None:
+        """From now on coefficients learn alone, at the best schedule so far."""
+        if self.updates % self.config.held_out_every:
+            self.learned = self._tried()
+        self.values.go_on_from(self.learned.schedule.predictor)
+
     def _tried(self) -> Best:
-        """The averaged scores, with the coefficients of now, if held-out seeds say so."""
-        schedule = self._schedule_of(self.average)
+        """What the last update left, with averaged scores, if held-out seeds say so."""
+        schedule = self._schedule_of(self.average, self.updates - 1)
         schedule = replace(schedule, predictor=self.values.frozen())
         best, error = self.learned, self.values.held_out.error(schedule)
         if error < best.error:
-            history = (*best.history, (self.updates, error))
-            return Best(schedule, self.average.clone(), history)
+            moved = self._moves(self.updates - 1)
+            logits = self.average.clone() if moved else best.logits
+            return Best(schedule, logits, (*best.history, (self.updates, error)))
         return replace(best, history=(*best.history, (self.updates, best.error)))
 
     # After learning.

@@ -78,6 +78,11 @@ class Values:
         """As it stands now."""
         return self.base if self._coefficients is None else self._coefficients.frozen()
 
+    def go_on_from(self, predictor: Predictor) -> None:
+        """Gradients change from now on what they made of it earlier."""
+        if self._coefficients is not None:
+            self._coefficients.go_on_from(predictor)
+
     def decided(self, schedule: Schedule) -> Schedule:
         """At the end: with what held-out seeds prefer, if anything learned.
 
