@@ -14,6 +14,8 @@ from models import MODELS
 PRECISIONS = ("no", "bf16", "fp16")
 # What bytes that are not of an encoding become on a command line.
 SURROGATES = range(0xD800, 0xE000)
+# More would be asked for by a file that is broken: they would not fit into memory.
+MOST_PIXELS, MOST_CLASSES = 2**14, 10**6
 # Three ways to say how much to reuse, of which one counts.
 BUDGETS = ("l1", "target_cur", "target_speedup")
 
@@ -55,10 +57,16 @@ class BackboneConfig(Options):
     REPLACED_BY_FLAG: ClassVar = ((("sampler",), ("eta", "guide_all_channels")),)
 
     model: str = option("DiT-Ti/4", "model of the zoo")
-    image_size: int | None = option(None, "image side in pixels; default: the model's", low=1)
-    height: int | None = option(None, "image height of PixArt, where it is not --image-size", low=1)
-    width: int | None = option(None, "likewise, width", low=1)
-    num_classes: int | None = option(None, "classes; default: the model's", low=1)
+    image_size: int | None = option(
+        None, "image side in pixels; default: the model's", low=1, high=MOST_PIXELS
+    )
+    height: int | None = option(
+        None, "image height of PixArt, where it is not --image-size", low=1, high=MOST_PIXELS
+    )
+    width: int | None = option(None, "likewise, width", low=1, high=MOST_PIXELS)
+    num_classes: int | None = option(
+        None, "classes; default: the model's", low=1, high=MOST_CLASSES
+    )
     ckpt: Path | None = option(
         None,
         "weights (.pt, .pth, .safetensors) or the folder of a diffusers model; default: bundled or "

@@ -81,8 +81,9 @@ def run_command(program: Callable[[], None]) -> Callable[[], None]:
 
     Warnings are sentences too, on stderr, from the main process alone.
 
-    Under torchrun every process of a machine meets the same bad input. The first one says so; the
-    others wait a moment, because the first to end has all the rest stopped.
+    Under torchrun every process of a machine mostly meets the same bad input. The first one says
+    so; the others wait a moment, because the first to end has all the rest stopped, and say what
+    only they have met.
     """
 
     @functools.wraps(program)
@@ -91,10 +92,9 @@ def run_command(program: Callable[[], None]) -> Callable[[], None]:
             with _said_once():
                 program()
         except HarmonicaError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(SAY_FIRST_S)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except Interrupted as stop:
             say_stopped(stop.signal, str(stop))

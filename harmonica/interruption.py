@@ -54,8 +54,10 @@ class Interruption:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._earlier_wakeup)
-        os.close(self._write)  # the watcher reads the end of the pipe
+        # Not the end of the pipe, whose other end a process that was forked meanwhile may hold.
+        os.write(self._write, bytes(1))
         self._watcher.join()
+        os.close(self._write)
         os.close(self._read)
 
     def _note(self, signum: int, _: FrameType | None) -> None:
@@ -63,9 +65,9 @@ class Interruption:
             self.signal = signum
 
     def _watch(self) -> None:
-        while came := os.read(self._read, 1):
-            if came[0] in SIGNALS:
-                self._secure_and_wait(came[0])
+        while came := os.read(self._read, 1)[0]:
+            if came in SIGNALS:
+                self._secure_and_wait(came)
                 return
 
     def _secure_and_wait(self, signum: int) -> None:

@@ -137,7 +137,8 @@ def pareto_plot(path: Path, results: list[dict]) -> None:
     seeds: dict[tuple, list[dict]] = {}
     for result in results:
         seeds.setdefault((result["method"], result["level"]), []).append(result)
-    timed = [result for result in results if "measured_speedup" in result]
+    # Of every method and level the result with a time; one that was cut short has none yet.
+    drawn = [max(found, key=lambda r: "measured_speedup" in r) for found in seeds.values()]
 
     def mean(result: dict, kind: str, name: str) -> float | None:
         found = [r[kind].get(name) for r in seeds[result["method"], result["level"]] if kind in r]
@@ -145,24 +146,26 @@ def pareto_plot(path: Path, results: list[dict]) -> None:
 
     costs = {
         "theoretical speed-up (MACs)": lambda r: r["theoretical_speedup"],
-        "measured speed-up": lambda r: r["measured_speedup"]["ratio"],
+        "measured speed-up": lambda r: r.get("measured_speedup", {}).get("ratio"),
     }
     qualities = {
         "MSE to the uncached images": lambda r: mean(r, "against_uncached", "mse_mean"),
         "MSE to the exact solution": lambda r: mean(r, "against_exact", "mse_mean"),
     }
-    for name in sorted({name for result in timed for name in result["scores"]}):
+    for name in sorted({name for result in drawn for name in result["scores"]}):
         qualities[name] = lambda r, name=name: mean(r, "scores", name)
-    qualities = {name: value for name, value in qualities.items() if any(value(r) for r in timed)}
+    qualities = {name: value for name, value in qualities.items() if any(value(r) for r in drawn)}
     figure = Figure((12, 4 * len(qualities)), layout="constrained")
     axes = figure.subplots(len(qualities), len(costs), squeeze=False)
-    methods = list(dict.fromkeys(result["method"] for result in timed))
+    methods = list(dict.fromkeys(result["method"] for result in drawn))
     colors = colormaps["tab20"](np.linspace(0, 1, max(2, len(methods))))
     for row, (quality, value) in zip(axes, qualities.items(), strict=True):
         for axis, (cost, speedup) in zip(row, costs.items(), strict=True):
             for method, marker, color in zip(methods, cycle("osD^vPX*<>ph"), colors, strict=False):
                 points = sorted(
-                    (speedup(r), value(r)) for r in timed if r["method"] == method and value(r)
+                    (speedup(r), value(r))
+                    for r in drawn
+                    if r["method"] == method and speedup(r) and value(r)
                 )
                 if not points:
                     continue

@@ -139,7 +139,7 @@ class RouterInfo:
             if misfit is None and mine not in (None, theirs):
                 misfit = f"with {flag} {mine}, not {theirs}"
                 remedy = f"pass {flag} {mine} or another router"
-        if misfit is None and self.timesteps not in (None, expected.timesteps):
+        if misfit is None and not _are_same_times(self.timesteps, expected.timesteps):
             misfit = "at other timesteps than this sampler visits"
         if misfit is None:
             return []
@@ -149,6 +149,16 @@ class RouterInfo:
                 "all the same with --force)"
             )
         return [f"{misfit}: its schedule may not suit this sampler"]
+
+
+def _are_same_times(recorded: tuple[float, ...] | None, expected: tuple[float, ...] | None) -> bool:
+    """Up to rounding: logarithms of continuous times end differently on other processors."""
+    if recorded is None or expected is None:
+        return recorded is None
+    return len(recorded) == len(expected) and all(
+        math.isclose(mine, theirs, rel_tol=1e-6, abs_tol=1e-6)
+        for mine, theirs in zip(recorded, expected, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class ShardFolder:
         if digests is None:
             return False
         if not thorough:
-            return True
+            return all(path.is_file() for path in digests)
         try:
             self.read(shard)
         except DamagedShard:

@@ -233,8 +233,9 @@ class PixArt(DiffusionTransformer):
         return sincos_position_embedding(self.config.hidden_size, down, across)[None]
 
     def under_published_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        is_diffusers = "proj_out.weight" in state
-        return from_diffusers(state) if is_diffusers else from_original(state)
+        if "proj_out.weight" in state:
+            state = from_diffusers(state)
+        return weights_of(state, self.config.max_tokens)
 
     def with_null(self, y: Prompts) -> Prompts:
         return y.with_null()
@@ -289,6 +290,7 @@ _RENAMED = {
     "pos_embed.proj": "x_embedder.proj",
     "caption_projection.linear_1": "y_embedder.y_proj.fc1",
     "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "caption_projection.y_embedding": "y_embedder.y_embedding",
     "adaln_single.linear": "t_block.1",
     "adaln_single.emb.timestep_embedder": "t_embedder",
     "adaln_single.emb.resolution_embedder": "csize_embedder",
@@ -329,7 +331,14 @@ def from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return published
 
 
-def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of an original checkpoint is weights: positions follow from the configuration, and the
-    null caption is the encoded empty prompt."""
-    return {k: v for k, v in state.items() if k not in ("pos_embed", "y_embedder.y_embedding")}
+def weights_of(state: dict[str, Tensor], max_tokens: int) -> dict[str, Tensor]:
+    """What of a published checkpoint is weights: positions follow from the configuration, and the
+    null caption is the encoded empty prompt.
+
+    Published files have that caption, those of diffusers too, though diffusers drops it. One of
+    another length, by which alpha and Sigma differ, stays: it is no part of this model.
+    """
+    caption = state.get("y_embedder.y_embedding")
+    fits = caption is not None and len(caption) == max_tokens
+    dropped = {"pos_embed"} | ({"y_embedder.y_embedding"} if fits else set())
+    return {key: value for key, value in state.items() if key not in dropped}

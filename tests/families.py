@@ -39,12 +39,14 @@ CONFIGS = {
 }
 
 
-# Tiny model to its published relative, and its shapes at 64 pixels. One PixArt is alpha at 1024,
-# which is told sizes.
+# Tiny model to its published relative, and its shapes at 64 pixels, or 8 without an autoencoder.
+# One PixArt is alpha at 1024, which is told sizes.
 READER = replace(PIXART, caption_channels=16, max_tokens=9)
 RELATIVES = {
     "tiny-DiT": ("DiT-XL/2", DIT),
     "tiny-U-ViT": ("U-ViT-H/2", UVIT),
+    "tiny-U-ViT-L": ("U-ViT-L/2", replace(UVIT, has_conv=True)),
+    "tiny-U-ViT-S": ("U-ViT-S/2", replace(UVIT, in_channels=3, num_classes=0, has_conv=True)),
     "tiny-PixArt": ("PixArt-alpha-XL/2", READER),
     "tiny-PixArt-1024": (
         "PixArt-alpha-XL/2",
@@ -59,12 +61,13 @@ def tiny_specs() -> dict[str, ModelSpec]:
     specs = {}
     for name, (published, config) in RELATIVES.items():
         spec = MODELS[published]
-        sizes = None if spec.sizes is None else {64: {}}
+        side = config.input_size * spec.latent_factor
+        sizes = None if spec.sizes is None else {side: {}}
         specs[name] = replace(
             spec,
             name=name,
             config=config,
-            image_size=64,
+            image_size=side,
             num_steps=4,
             num_steps_with={},
             sizes=sizes,

@@ -4,7 +4,23 @@ import warnings
 
 import pytest
 
-from harmonica.errors import HarmonicaWarning, run_command
+from harmonica.errors import HarmonicaError, HarmonicaWarning, run_command
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_process_says_what_only_it_may_have_met(rank, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    @run_command
+    def program():
+        raise HarmonicaError("mind the gap")
+
+    with pytest.raises(SystemExit) as end:
+        program()
+    assert end.value.code == 2 and capsys.readouterr().err == "error: mind the gap\n"
+    assert len(waited) == int(rank)
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "warning: mind the gap\n"), ("1", "")])

@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import load_golden, relative
+from diffusers import AutoencoderKL
 from families import other_batches, tiny
 from test_benchmarks import load, run
 from test_block_runner import gradients
 
+from harmonica.autoencoder import Decoder
 from harmonica.backbone import load_backbone
 from harmonica.baselines.delta_dit import delta_dit
 from harmonica.baselines.fixed import fora, random_schedule
@@ -29,6 +31,7 @@ from harmonica.sampling import sample, trajectories
 from harmonica.schedule import Schedule
 from harmonica.training.config import TrainConfig
 from harmonica.training.trainer import Trainer
+from models import SDXL
 from models.layers import gated
 
 pytestmark = pytest.mark.gpu
@@ -227,6 +230,25 @@ def test_training_fits(checkpoints, most, monkeypatch, tmp_path):
     )  # fmt: skip
     # Weights alone are 1.4 GB.
     assert 2 * GB < found["peak_device_bytes"] < most
+
+
+def test_an_image_of_2048_pixels_fits(monkeypatch, tmp_path):
+    """PixArt-Sigma at half of its branches reused, and an autoencoder of Stable Diffusion XL's."""
+    found = run(
+        load("bench_sampling"), monkeypatch, tmp_path / "out.json", "--model", "PixArt-Sigma-XL/2",
+        "--image-size", "2048", "--mixed-precision", "bf16", "--num-sampling-steps", "4",
+        "--num-images", "1", "--no-compile",
+    )  # fmt: skip
+    assert 4 * GB < found["peak_device_bytes_cached"] < 24 * GB
+    widths = (128, 256, 512, 512)
+    autoencoder = AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, sample_size=1024, scaling_factor=SDXL.scale,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    decode = Decoder(SDXL, autoencoder.to(GPU).eval())
+    torch.cuda.reset_peak_memory_stats()
+    assert decode(torch.randn(1, 4, 256, 256, device=GPU)).shape == (1, 3, 2048, 2048)
+    assert 3 * GB < torch.cuda.max_memory_allocated() < 24 * GB
 
 
 def test_a_sampling_benchmark_measures_the_gpu(monkeypatch, tmp_path):

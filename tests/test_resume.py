@@ -1,6 +1,7 @@
 """Runs in parts end like runs in one; whatever ends a part, what it made stands."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -27,7 +28,7 @@ from harmonica.baselines.fixed import evenly_spaced
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
 from harmonica.errors import HarmonicaError, Interrupted
-from harmonica.files import sha256, write_checked
+from harmonica.files import record_of, sha256, write_checked
 from harmonica.lock import held
 from harmonica.options import build_parser, flag_of, resolve
 from harmonica.prompts import EncodedPrompts, save_prompts
@@ -146,6 +147,31 @@ def test_a_run_in_parts_ends_like_one_through_a_full_disk_and_damage(
         with pytest.raises(HarmonicaError, match=r"no checkpoint in .* is whole"):
             train(tmp_path, max_steps=7, resume="auto")
     assert (directory.path / "metrics.jsonl").read_text() == lines[0]
+
+
+def test_a_checkpoint_that_cannot_be_read_for_now_is_not_given_up(tmp_path, monkeypatch):
+    directory = train(tmp_path, max_steps=4, ckpt_every=1)
+    files = sorted(directory.checkpoints.iterdir())
+    good, read = newest(directory), Path.read_bytes
+
+    def broken(path):
+        if path == good:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", broken)
+        with pytest.raises(HarmonicaError, match="cannot be read"):
+            train(tmp_path, max_steps=6, resume="auto")
+    assert sorted(directory.checkpoints.iterdir()) == files
+    record = record_of(good).read_bytes()
+    record_of(good).unlink()  # which was forgotten when the file was copied
+    with pytest.raises(HarmonicaError, match=rf"without {record_of(good).name} beside it"):
+        train(tmp_path, max_steps=6, resume="auto")
+    record_of(good).write_bytes(record)
+    (directory.path / "commit.txt").write_bytes(b"\xff\xfe\n")  # of somebody's system
+    train(tmp_path, max_steps=6, resume="auto")
+    assert sorted(directory.checkpoints.glob("*.damaged")) == []
 
 
 def test_a_lock_holds_on_a_disk_without_any_room(tmp_path, faults):

@@ -348,6 +348,8 @@ def test_another_sampler_is_refused_unless_forced(golden_b: Golden):
             file.check(golden_b.model, changed)
         with pytest.warns(UserWarning, match=misfit):
             file.check(golden_b.model, changed, force=True)
+    # Another processor rounds otherwise.
+    file.check(golden_b.model, replace(info, timesteps=(9.0 + 1e-12, 1.0 - 1e-13)))
     # A schedule of other steps fits nothing.
     with pytest.raises(HarmonicaError, match="--num-sampling-steps 10, not 11"):
         file.check(golden_b.model, replace(info, num_sampling_steps=11), force=True)
@@ -485,6 +487,18 @@ def test_learning_to_cache_computes_all_at_odd_respaced_indices(steps):
     schedule = RouterFile(logits, RouterInfo()).to_schedule(COSTS, 0.1, "ltc")
     assert schedule.compute[[s for s in range(steps) if s not in rows]].all()
     assert not schedule.compute[list(rows)].any()
+
+
+@pytest.mark.parametrize("name", ["num_classes", "image_size", "height", "width"])
+def test_sizes_that_no_memory_holds_are_refused(name, tmp_path):
+    info = RouterInfo(model="PixArt-alpha-XL/2", image_size=512, sampler="ddim", eta=0.0)
+    save_router(tmp_path / "r.safetensors", RouterFile(torch.randn(4, 84), info))
+    resolved("--path", tmp_path / "r.safetensors")
+    save_router(
+        tmp_path / "r.safetensors", RouterFile(torch.randn(4, 84), replace(info, **{name: 2**40}))
+    )
+    with pytest.raises(HarmonicaError, match=f"--{name.replace('_', '-')} {2**40}"):
+        resolved("--path", tmp_path / "r.safetensors")
 
 
 def test_a_router_of_an_unconditional_model_is_replayed_without_naming_classes(tmp_path):

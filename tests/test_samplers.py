@@ -12,6 +12,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SASolverScheduler,
 )
@@ -133,8 +134,15 @@ def test_multistep_solvers_equal_the_library_and_can_be_branched(name, count):
     assert state.x.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["dpm-solver++", "sa-solver"])
-def test_a_pipeline_of_the_library_walks_the_same_trajectory(name):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (PixArtAlphaPipeline, "dpm-solver++"),
+        (PixArtAlphaPipeline, "sa-solver"),
+        (PixArtSigmaPipeline, "dpm-solver++-euler"),
+    ],
+)
+def test_a_pipeline_of_the_library_walks_the_same_trajectory(kind, name):
     """PixArt's, with a random transformer: the same latents after every step."""
     sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
     latent = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8}
@@ -144,9 +152,9 @@ def test_a_pipeline_of_the_library_walks_the_same_trajectory(name):
             **sizes, **latent, cross_attention_dim=16, caption_channels=8
         )
         x_T, prompts = torch.randn(1, 4, 8, 8), torch.randn(2, 5, 8)
-    pipeline = PixArtAlphaPipeline(None, None, AutoencoderKL(), transformer, LIBRARY[name](7))
+    pipeline = kind(None, None, AutoencoderKL(), transformer, LIBRARY[name](7))
     pipeline.set_progress_bar_config(disable=True)
-    mask, theirs = torch.ones(2, 5), []
+    mask, theirs = torch.tensor([[1.0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]), []
     pipeline(
         prompt=None, negative_prompt=None, num_inference_steps=7, guidance_scale=4.5,
         height=64, width=64, use_resolution_binning=False, output_type="latent", latents=x_T,

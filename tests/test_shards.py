@@ -146,6 +146,18 @@ def slowly() -> None:
     Maker._batch = slow
 
 
+def test_pictures_of_another_process_have_to_be_there(tmp_path):
+    folder, shard = ShardFolder(tmp_path / "out", Origin({}, "weights", None)), divide(4, 2)[1]
+    folder.make()
+    folder.write(shard, np.zeros((2, 4, 4, 3), np.uint8))
+    folder.write_pictures(shard)
+    for thorough in (False, True):
+        assert folder.is_done(shard, True, thorough)
+    folder.picture(shard.start).unlink()
+    for thorough in (False, True):
+        assert not folder.is_done(shard, True, thorough) and folder.is_done(shard, False, thorough)
+
+
 def test_damage_in_the_part_of_another_process_is_mended(made, tmp_path, monkeypatch, faults):
     """By that one, while the main process waits; or by the main one, if that one is gone."""
     out = tmp_path / "samples"

@@ -146,6 +146,20 @@ def test_torchrun_trains_like_one_process(way, tmp_path, labelled_images):
         assert_same_training(tmp_path / "one", tmp_path / name, records=3)
 
 
+def test_images_are_read_by_other_processes_too(tmp_path, labelled_images):
+    config = TrainConfig(
+        num_sampling_steps=3, global_batch_size=2, max_steps=2, target_cur=0.2, num_workers=1,
+        method="learning-to-cache", data=str(labelled_images), results_dir=tmp_path / "results",
+    )  # fmt: skip
+    alone = replace(config, num_workers=0, results_dir=tmp_path / "alone")
+    logits = [load_router(Trainer(run).run().path).logits for run in (config, alone)]
+    assert torch.equal(*logits)
+    for path in labelled_images.rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(HarmonicaError, match=r"^--data: \S+\.png (?!.*Traceback)"):
+        Trainer(config).run()
+
+
 def test_learning_to_cache_learns_every_other_step_from_images(tmp_path, labelled_images):
     config = TrainConfig(
         num_sampling_steps=5, global_batch_size=4, max_steps=5, target_cur=0.3,

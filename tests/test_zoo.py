@@ -51,7 +51,6 @@ from harmonica.training.trainer import Trainer
 from harmonica.training.trajectory import Rollout
 from harmonica.weights import weights_file
 from models import MODELS, SDXL, STABLE_DIFFUSION, T5, HubFolder, create_model
-from models.pixart import PixArt
 
 CPU = torch.device("cpu")
 CONV = "decoder.conv_in.weight"
@@ -84,6 +83,10 @@ def folder(tmp_path_factory, tiny_t5):
         caption_channels=16, sample_size=8, interpolation_scale=1, use_additional_conditions=False,
     )  # fmt: skip
     randomised(pixart).save_pretrained(path / "pixart" / "transformer")
+    # Published files have this, too, which diffusers drops.
+    file = path / "pixart" / "transformer" / "diffusion_pytorch_model.safetensors"
+    caption = torch.randn(RELATIVES["tiny-PixArt"][1].max_tokens, 16)
+    save_file({**load_file(file), "caption_projection.y_embedding": caption}, file)
     torch.save({"state_dict": tiny("uvit").state_dict()}, path / "uvit.pth")
     save_file(tiny("dit").state_dict(), path / "dit.safetensors")
     dit = DiTTransformer2DModel(
@@ -91,8 +94,9 @@ def folder(tmp_path_factory, tiny_t5):
         num_embeds_ada_norm=5, sample_size=8, patch_size=2, norm_type="ada_norm_zero",
     )  # fmt: skip
     randomised(dit).save_pretrained(path / "dit" / "transformer")
-    for name in ("tiny-PixArt-1024", "tiny-Sigma"):
-        weights = randomised(PixArt(RELATIVES[name][1])).state_dict()
+    for name in ("tiny-PixArt-1024", "tiny-Sigma", "tiny-U-ViT-L", "tiny-U-ViT-S"):
+        published, config = RELATIVES[name]
+        weights = randomised(MODELS[published].constructor(config)).state_dict()
         torch.save({"state_dict": weights}, path / f"{name}.pth")
     tiny_autoencoder().save_pretrained(path / "pipeline" / "vae")
     tiny_autoencoder(scaling_factor=SDXL.scale).save_pretrained(path / "sdxl" / "vae")
@@ -111,6 +115,8 @@ def zoo(monkeypatch, folder, tiny_t5):
     return {
         "tiny-DiT": {"ckpt": folder / "dit.safetensors", **vae},
         "tiny-U-ViT": {"ckpt": folder / "uvit.pth", **vae},
+        "tiny-U-ViT-L": {"ckpt": folder / "tiny-U-ViT-L.pth", **vae},
+        "tiny-U-ViT-S": {"ckpt": folder / "tiny-U-ViT-S.pth"},
         "tiny-PixArt": {"ckpt": folder / "pixart", **text},
         "tiny-PixArt-1024": {"ckpt": folder / "tiny-PixArt-1024.pth", **text},
         "tiny-Sigma": {"ckpt": folder / "tiny-Sigma.pth", **text, "vae": str(folder / "sdxl")},
@@ -121,7 +127,10 @@ def zoo(monkeypatch, folder, tiny_t5):
 TRAINED = [
     ("tiny-DiT", {}),
     ("tiny-U-ViT", {}),
+    ("tiny-U-ViT-L", {}),
+    ("tiny-U-ViT-S", {}),
     ("tiny-PixArt", {}),
+    ("tiny-PixArt", {"sampler": "iddpm"}),
     ("tiny-PixArt-1024", {"sampler": "sa-solver"}),
     ("tiny-Sigma", {}),
     ("tiny-DiT", {"sampler": "iddpm"}),
@@ -149,7 +158,7 @@ def test_a_router_is_trained_and_replayed(name, chosen, zoo, tmp_path):
     report = json.loads((tmp_path / "samples" / "report.json").read_text())
     assert report["image_error"]["mse_mean"] > 0
     picture = np.asarray(Image.open(tmp_path / "samples" / "with_router" / "000001.png"))
-    assert picture.shape == (64, 64, 3)
+    assert picture.shape == (MODELS[name].image_size, MODELS[name].image_size, 3)
     sampler = chosen.get("sampler", MODELS[name].sampler)
     assert f"sampler: {sampler}\n" in (run / "config.yaml").read_text()
 
@@ -631,10 +640,19 @@ REFUSED = [
 ]
 
 
-def test_learning_to_cache_takes_classes():
+def test_learning_to_cache_takes_no_prompts():
     config = TrainConfig(model="PixArt-alpha-XL/2", method="learning-to-cache", data="images")
     with pytest.raises(HarmonicaError, match="takes prompts"):
         config.check()
+
+
+def test_learning_to_cache_of_a_model_without_classes(zoo, labelled_images, tmp_path):
+    config = TrainConfig(
+        model="tiny-U-ViT-S", method="learning-to-cache", data=str(labelled_images), max_steps=2,
+        global_batch_size=2, target_cur=0.2, results_dir=tmp_path, **zoo["tiny-U-ViT-S"],
+    )  # fmt: skip
+    config.check()
+    assert load_router(Trainer(config).run().path).schedule.cur > 0
 
 
 @pytest.mark.parametrize(("values", "named"), REFUSED)

@@ -39,6 +39,7 @@ from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
 from harmonica.sampling import check_finite, eight_bit, sample, trajectories
 from harmonica.timing import timed
+from models import MODELS
 
 # A method whose settings come no nearer to a level than this has no entry there.
 TOLERANCE = 0.15
@@ -68,7 +69,7 @@ class Comparison:
         """
         # What is missing is said before anything is sampled.
         provenance = self._provenance()
-        if "learning-to-cache" in self.config.methods and self.config.data is not None:
+        if "learning-to-cache" in self.config.methods and self._has_labelled_images:
             LabelledImages(self.config.data, self.backbone.image_size)
         self._claim_folder("config.yaml", plain(self.config), self.config.FREE)
         self._claim_folder("provenance.yaml", provenance, set())
@@ -94,12 +95,17 @@ class Comparison:
         yield Cell("uncached")
         for level in self.config.levels:
             for method in self.config.methods:
-                if method == "learning-to-cache" and self.config.data is None:
+                if method == "learning-to-cache" and not self._has_labelled_images:
                     continue
                 if method in OF_LONG_SKIPS and not self.backbone.model.joins:
                     continue
                 for seed in self.config.seeds if Cell(method).has_seeds else (0,):
                     yield Cell(method, level, seed)
+
+    @property
+    def _has_labelled_images(self) -> bool:
+        """For Learning-to-Cache, which knows no prompts."""
+        return self.config.data is not None and MODELS[self.config.model].text_encoder is None
 
     def _provenance(self) -> dict[str, str | bool | None]:
         """What cells depend on beside the options."""

@@ -20,6 +20,7 @@ from harmonica.files.reading import (
     read_yaml,
 )
 from harmonica.files.writing import (
+    DamagedFile,
     atomic_file,
     keep_lines,
     read_checked,
@@ -34,6 +35,7 @@ from harmonica.files.writing import (
 )
 
 __all__ = [
+    "DamagedFile",
     "Npz",
     "NpzArray",
     "atomic_file",

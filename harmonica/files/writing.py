@@ -111,18 +111,29 @@ def write_checked(path: Path, content: bytes) -> None:
     write_atomically(path, content)
 
 
+class DamagedFile(HarmonicaError):
+    """A file that is not what was written."""
+
+
 def read_checked(path: Path) -> bytes:
     """A file that ``write_checked`` wrote.
 
     Raises:
-        HarmonicaError: it is not what was written.
+        DamagedFile: it is not what was written.
+        HarmonicaError: nobody can tell, for now.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise HarmonicaError(f"{path} cannot be read ({error.strerror})") from None
-    if hashlib.sha256(content).hexdigest() != recorded(path):
-        raise HarmonicaError(f"{path} is damaged: it does not match its checksum")
+    expected, record = recorded(path), record_of(path).name
+    if expected is None:
+        raise HarmonicaError(
+            f"{path} cannot be checked without {record} beside it; put that back, or remove the "
+            "file"
+        )
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise DamagedFile(f"{path} is damaged: it does not match its checksum")
     return content
 
 

@@ -11,6 +11,7 @@ import torch
 
 from harmonica.errors import HarmonicaError
 from harmonica.files import (
+    DamagedFile,
     read_checked,
     read_torch,
     record_of,
@@ -99,14 +100,15 @@ class Checkpoints:
         Those that are damaged are renamed, so that they stay and are not taken again.
 
         Raises:
-            HarmonicaError: all of them are, or were found to be when one was last looked for.
+            HarmonicaError: all of them are, or were found to be when one was last looked for; or
+                one cannot be read, which may pass.
         """
         remove_unfinished(self.folder)
         said = []
         for path in reversed(self._found()):
             try:
                 content = read_checked(path)
-            except HarmonicaError as error:
+            except DamagedFile as error:
                 said.append(f"{error}, it was set aside as {path.name}.damaged")
                 with contextlib.suppress(OSError):
                     path.rename(path.with_name(f"{path.name}.damaged"))

@@ -47,7 +47,8 @@ class LearningToCache(TrainingMethod):
     ):
         backbone = batches.backbone
         classes = backbone.model.config.num_classes
-        if len(images.classes) > classes:
+        # A model without classes does not see them.
+        if classes and len(images.classes) > classes:
             raise HarmonicaError(
                 f"--data has {len(images.classes)} classes and --model {backbone.name} has "
                 f"{classes}; pass the images that the model was trained on"
@@ -66,8 +67,28 @@ class LearningToCache(TrainingMethod):
                 indices = self.batches.indices(following, self.samples)
                 yield self.draws.integers("image", indices, len(self.images)).tolist()
 
-        loader = DataLoader(self.images, batch_sampler=places(), num_workers=self.num_workers)
-        return iter(loader)
+        # A forked worker would keep the run's lock and pipes for as long as it lives.
+        context = "spawn" if self.num_workers else None
+        return iter(
+            DataLoader(
+                self.images,
+                batch_sampler=places(),
+                num_workers=self.num_workers,
+                multiprocessing_context=context,
+            )
+        )
+
+    def _next(self) -> tuple[Tensor, Tensor]:
+        """The next batch.
+
+        Raises:
+            HarmonicaError: an image cannot be read.
+        """
+        try:
+            return next(self._batches)
+        except HarmonicaError as error:
+            # A worker's comes with its traceback in front.
+            raise HarmonicaError(str(error).rpartition("HarmonicaError: ")[2]) from None
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": self.images.listing_hash}
@@ -100,7 +121,7 @@ class LearningToCache(TrainingMethod):
         for k in range(first, first + (count if limit is None else min(count, limit))):
             # Every process draws the same row, so that its gradient can be averaged.
             s = self.rows[int(self.draws.integers("row", [k], count))]
-            batch = self._noised(s - 1, k, *next(self._batches))
+            batch = self._noised(s - 1, k, *self._next())
             cache = masking.cache()
             learn_step(batch, s, _filled(batch, s, cache), cache, router, masking, update)
 

@@ -129,8 +129,8 @@ class RunDirectory:
         write_atomically(self.path / "config.yaml", to_yaml(config).encode())
         write_atomically(self._weights, f"{weights_hash}\n".encode())
         known = self.path / "commit.txt"
-        earlier = known.read_text() if known.exists() else ""
-        write_atomically(known, f"{earlier}{commit()}\n".encode())
+        earlier = known.read_bytes() if known.exists() else b""
+        write_atomically(known, earlier + f"{commit()}\n".encode())
 
     def exclusive(self) -> AbstractContextManager[None]:
         """The run to oneself.
