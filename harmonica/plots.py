@@ -148,6 +148,7 @@ def pareto_plot(path: Path, results: list[dict]) -> None:
         "theoretical speed-up (MACs)": lambda r: r["theoretical_speedup"],
         "measured speed-up": lambda r: r.get("measured_speedup", {}).get("ratio"),
     }
+    costs = {name: cost for name, cost in costs.items() if any(cost(r) for r in drawn)}
     qualities = {
         "MSE to the uncached images": lambda r: mean(r, "against_uncached", "mse_mean"),
         "MSE to the exact solution": lambda r: mean(r, "against_exact", "mse_mean"),
@@ -155,7 +156,7 @@ def pareto_plot(path: Path, results: list[dict]) -> None:
     for name in sorted({name for result in drawn for name in result["scores"]}):
         qualities[name] = lambda r, name=name: mean(r, "scores", name)
     qualities = {name: value for name, value in qualities.items() if any(value(r) for r in drawn)}
-    figure = Figure((12, 4 * len(qualities)), layout="constrained")
+    figure = Figure((2 + 5 * len(costs), 4 * len(qualities)), layout="constrained")
     axes = figure.subplots(len(qualities), len(costs), squeeze=False)
     methods = list(dict.fromkeys(result["method"] for result in drawn))
     colors = colormaps["tab20"](np.linspace(0, 1, max(2, len(methods))))

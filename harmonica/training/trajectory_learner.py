@@ -149,8 +149,7 @@ class TrajectoryLearner:
         loss = (errors + TINY).sqrt().mean()
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        finite = images.detach().flatten(1).isfinite().all(1)
-        origin = Origin(f"update {self.updates}", batch.indices, finite)
+        origin = Origin(f"update {self.updates}", batch.indices, errors.detach().isfinite())
         self._average_gradients(loss, origin)
         self.optimizer.step()
         for s in range(1, len(logits)):
