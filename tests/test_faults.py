@@ -157,8 +157,9 @@ def test_kill_9_of_a_sampling_process(tmp_path, rounds, faults):
     assert not list(many.rglob("*.tmp"))
 
 
-def test_a_sample_that_is_not_finite_on_one_process_stops_all(tmp_path, faults):
-    group = Group("train", *TRAIN, "--max-steps", 12, folder=tmp_path, fault=broken_sample)
+def test_a_sample_that_is_not_finite_on_one_process_stops_all(trained, tmp_path, faults):
+    expected, total = trained
+    group = Group("train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=broken_sample)
     faults.add("a sample that is not finite")
     assert group.wait() == [2, 2]
     said = group.said()
@@ -166,6 +167,10 @@ def test_a_sample_that_is_not_finite_on_one_process_stops_all(tmp_path, faults):
     assert "not finite at step 1 of trajectory 2, update 4 (samples 10)" in said
     assert "the last good checkpoint is runs/000-DiT-Ti-4-T3/checkpoints/0000004.pt" in said
     assert "Traceback" not in said
+    # Nothing of it is left in what stands.
+    group = Group("train", *TRAIN, "--max-steps", total, folder=tmp_path, fault=without_pictures)
+    assert group.wait() == [0, 0], group.said()
+    assert learned(tmp_path) == expected
 
 
 @pytest.mark.slow
@@ -277,6 +282,11 @@ def test_elastic_restarts_go_on(tmp_path, nightly, faults):
     assert (run_of(tmp_path) / "router.safetensors").is_file()
     lines = (run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in lines] == list(range(2, 17, 2))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    group = Group("train", *TRAIN, "--max-steps", 16, folder=whole, fault=without_pictures)
+    assert group.wait() == [0, 0], group.said()
+    assert learned(tmp_path) == learned(whole)
 
 
 # Like the real one, it kills what it started when it is asked to end.

@@ -403,11 +403,14 @@ def test_a_run_goes_on_only_as_what_it_is(tmp_path, faults):
     directory = train(tmp_path, max_steps=2)
     resume = str(directory.path)
     faults.add("second run in the same directory")
+    made = [path for path in directory.path.rglob("*") if path.is_file() and path.name != ".lock"]
+    before = {path: sha256(path) for path in made}
     with (
         directory.exclusive(),
         pytest.raises(HarmonicaError, match=rf"in use by process {os.getpid()} on \S+, since"),
     ):
         train(tmp_path, max_steps=4, resume="auto")
+    assert {path: sha256(path) for path in made} == before
     for option, value in {
         "num_sampling_steps": 4, "sampler": "iddpm", "cfg_scale": 2.0, "model": "DiT-Ti/2",
         "global_batch_size": 8, "global_seed": 1,
