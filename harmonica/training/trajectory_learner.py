@@ -83,12 +83,11 @@ class TrajectoryLearner:
 
     def _starts(self) -> list[Schedule]:
         """Evenly spaced ones, which differ in where they reuse what is no whole step."""
-        steps, costs, budget = (
-            self.config.num_sampling_steps,
-            self.backbone.costs,
-            self.config.budget,
+        config, costs = self.config, self.backbone.costs
+        late, early = (
+            evenly_spaced(config.num_sampling_steps, costs, config.budget, is_early)
+            for is_early in (False, True)
         )
-        late, early = (evenly_spaced(steps, costs, budget, is_early) for is_early in (False, True))
         return [late] if (late.compute == early.compute).all() else [late, early]
 
     @property
@@ -184,12 +183,12 @@ class TrajectoryLearner:
 
     def _tried(self) -> Best:
         """What the last update left, with averaged scores, if held-out seeds say so."""
-        schedule = self._schedule_of(self.average, self.updates - 1)
+        last = self.updates - 1
+        schedule = self._schedule_of(self.average, last)
         schedule = replace(schedule, predictor=self.values.frozen())
         best, error = self.learned, self.values.held_out.error(schedule)
         if error < best.error:
-            moved = self._moves(self.updates - 1)
-            logits = self.average.clone() if moved else best.logits
+            logits = self.average.clone() if self._moves(last) else best.logits
             return Best(schedule, logits, (*best.history, (self.updates, error)))
         return replace(best, history=(*best.history, (self.updates, best.error)))
 
