@@ -1,6 +1,6 @@
 # Sourced by the Slurm scripts: run one of the command-line files on all nodes of the job, a process
 # per GPU, through preemption. A signal before the time is up ends it well, and the job comes back.
-# A plain scancel looks the same from here: `scancel --signal=KILL --full JOB` ends one for good.
+# A plain scancel looks the same from here: `scancel --signal=KILL --full JOB` should end one.
 export MASTER_ADDR
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 # With the store of the rendezvous shared, a restart can meet what the last attempt left in it.
