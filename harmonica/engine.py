@@ -26,16 +26,18 @@ from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import first_line
 from harmonica.memory import is_out_of_memory
 from harmonica.predictors import LAST
-from harmonica.replay_plan import Add, Compute, Join, plan_replay
+from harmonica.replay_plan import Add, Compute, Join, plan_replay, sources
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from models.layers import gated
 from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
 
-# Sums of so many cached values are compiled, one kernel each; longer ones are taken apart.
+# Updates that a compiled block adds to the stream before it reads it, at most, and how many of the
+# rest are one kernel. Every number is a graph of its own; longer sums are taken apart.
+ABSORBED = 3
 ARITIES = (8, 4, 2, 1)
 # Compiled graphs of a function before torch refuses more: some batch sizes and precisions.
-GRAPHS = 64
+GRAPHS = 256
 
 
 @dataclass(frozen=True)
@@ -54,36 +56,40 @@ class Acceleration:
 EAGER = Acceleration()
 
 
+# What is added for a branch: gate (B, 1, d), where it has one; weight (1,) or (d,) in float32,
+# where values are forecasts; value (B, L, d).
+Update = tuple[Tensor | None, Tensor | None, Tensor]
+
+
+def add_updates(x: Tensor, updates: list[Update]) -> Tensor:
+    """x + sum of gate * weight * value, in this order; what is None is 1."""
+    for gate, weight, value in updates:
+        if weight is not None:
+            gate = weight if gate is None else gate * weight
+        x = gated(x, gate, value)
+    return x
+
+
 def run_branches(
-    block: Block, which: tuple[int, ...], x: Tensor, parts: tuple[Part, ...]
+    block: Block, which: tuple[int, ...], x: Tensor, lacking: list[Update], parts: tuple[Part, ...]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Some branches of a block: x (B, L, d) after them, and their values."""
-    values = []
-    for k in which:
+    """Some branches of a block, on the stream x (B, L, d) that still lacks some updates.
+
+    Returns:
+        The stream, which now lacks the update of the last of these branches alone: adding it where
+        the stream is read next saves a pass over it. And the values of all of them.
+    """
+    x, values = add_updates(x, lacking), []
+    for before, k in zip((None, *which[:-1]), which, strict=True):
+        if before is not None:
+            x = gated(x, parts[before].gate, values[-1])
         values.append(block.updates[k](x, parts[k]))
-        x = gated(x, parts[k].gate, values[-1])
     return x, values
 
 
 def join(block: Block, x: Tensor, skip: Tensor) -> Tensor:
     """The stream (B, L, d) with the output of an earlier block mixed in by a long skip."""
     return block.join(x, skip)
-
-
-def add_gated(x: Tensor, gates: list[Tensor | None], values: list[Tensor]) -> Tensor:
-    """x + sum of gate * value, in this order; no gate is a gate of 1."""
-    for gate, value in zip(gates, values, strict=True):
-        x = gated(x, gate, value)
-    return x
-
-
-def add_weighted(
-    x: Tensor, gates: list[Tensor | None], weights: list[Tensor], values: list[Tensor]
-) -> Tensor:
-    """x + sum of gate * weight * value, in this order; weights are (1,) or (d,), float32."""
-    for gate, weight, value in zip(gates, weights, values, strict=True):
-        x = gated(x, weight if gate is None else gate * weight, value)
-    return x
 
 
 def block_runner(compiles: bool, checkpoints: bool) -> Callable[..., Tensor]:
@@ -120,22 +126,25 @@ class Recipe:
         if schedule is not None:
             compute, predictor = schedule.compute, schedule.predictor
         self.plan = plan_replay(compute, names, predictor.depth, batch.model.joins)
-        self.is_weighted = predictor != LAST
+        device = batch.x_T.device
         self._weights: dict[tuple[int, int], list[Tensor]] = {}
-        operations = ((s, op) for s, step in enumerate(self.plan.steps) for op in step)
-        for s, operation in operations:
-            if self.is_weighted and isinstance(operation, Add):
-                for i, _, _, steps in operation.branches:
-                    weights = predictor.weights(s, i, steps)
-                    # Of one dimension at least: with none a gate would round them to its precision.
-                    self._weights[s, i] = [
-                        torch.as_tensor(w, dtype=torch.float32).reshape(-1).to(batch.x_T.device)
-                        for w in weights
-                    ]
+        # Of a branch that is computed: as those of the others, so that graphs are of both.
+        self.unit: Tensor | None = None
+        if predictor == LAST:
+            return
+        for s, i in np.argwhere(~compute):
+            steps = sources(compute, s, i, predictor.depth)
+            # Of one dimension at least: with none a gate would round them to its precision.
+            weights = [
+                torch.as_tensor(weight, dtype=torch.float32).reshape(-1).to(device)
+                for weight in predictor.weights(int(s), int(i), steps)
+            ]
+            self._weights[int(s), int(i)] = weights
+            self.unit = torch.ones_like(weights[0])
 
-    def weights(self, s: int, operation: Add) -> list[Tensor]:
-        """One per value that the operation reads, in its order."""
-        return [weight for i, *_ in operation.branches for weight in self._weights[s, i]]
+    def weights(self, s: int, i: int, count: int) -> list[Tensor | None]:
+        """Of the values, so many, that stand in for branch i at evaluation s."""
+        return self._weights.get((s, i)) or [None] * count
 
 
 @cache
@@ -176,52 +185,77 @@ class PlannedReplay:
         model, size = self.batch.model, x.shape[-2:]
         blocks = model.blocks
         skips: dict[int, Tensor] = {}
-        x = model.embed(x, conditioning)
+        x, lacking = model.embed(x, conditioning), []
         for operation in self.recipe.plan.steps[s]:
             if isinstance(operation, Compute):
-                x = self._compute(s, operation, blocks[operation.block], x, conditioning)
+                block = blocks[operation.block]
+                x, lacking = self._compute(s, operation, block, x, lacking, conditioning)
             elif isinstance(operation, Add):
-                x = self._add(s, operation, x, conditioning)
-            elif isinstance(operation, Join):
-                run = _compiled(join) if self.compiles else join
-                x = run(blocks[operation.block], x, skips.pop(operation.source))
+                lacking += self._reused(s, operation, conditioning)
             else:
-                skips[operation.block] = x
-        return model.head(x, conditioning, size)
+                x, lacking = self._complete(x, lacking), []
+                if isinstance(operation, Join):
+                    run = self._run(join)
+                    x = run(blocks[operation.block], x, skips.pop(operation.source))
+                else:
+                    skips[operation.block] = x
+        return model.head(self._complete(x, lacking), conditioning, size)
+
+    def _run(self, function: Callable) -> Callable:
+        return _compiled(function) if self.compiles else function
 
     def _compute(
-        self, s: int, operation: Compute, block: Block, x: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        run = _compiled(run_branches) if self.compiles else run_branches
+        self,
+        s: int,
+        operation: Compute,
+        block: Block,
+        x: Tensor,
+        lacking: list[Update],
+        conditioning: Conditioning,
+    ) -> tuple[Tensor, list[Update]]:
+        """The stream after some branches, and what it lacks then."""
+        parts = conditioning.blocks[operation.block]
+        if self.compiles:
+            x, lacking = self._within_reach(x, lacking, parts[0].gate is not None)
         which = tuple(k for _, k, _ in operation.branches)
-        x, values = run(block, which, x, conditioning.blocks[operation.block])
+        x, values = self._run(run_branches)(block, which, x, lacking, parts)
         for (i, _, keeps), value in zip(operation.branches, values, strict=True):
             if keeps:
                 self.kept[i, s] = value
-        return x
+        return x, [(parts[which[-1]].gate, self.recipe.unit, values[-1])]
 
-    def _add(self, s: int, operation: Add, x: Tensor, conditioning: Conditioning) -> Tensor:
-        add, columns = add_gated, [[], []]
+    def _reused(self, s: int, operation: Add, conditioning: Conditioning) -> list[Update]:
+        """What stands in for branches."""
+        updates = []
         for i, block, k, steps in operation.branches:
-            columns[0] += [conditioning.blocks[block][k].gate] * len(steps)
-            columns[1] += [self.kept[i, step] for step in steps]
+            gate, values = (
+                conditioning.blocks[block][k].gate,
+                [self.kept[i, step] for step in steps],
+            )
+            weights = self.recipe.weights(s, i, len(steps))
+            updates += [(gate, *pair) for pair in zip(weights, values, strict=True)]
         for place in operation.dropped:
             del self.kept[place]
-        if self.recipe.is_weighted:
-            add = add_weighted
-            columns.insert(1, self.recipe.weights(s, operation))
-        if not self.compiles:
-            return add(x, *columns)
-        return self._add_compiled(add, x, list(zip(*columns, strict=True)))
+        return updates
 
-    def _add_compiled(self, add: Callable[..., Tensor], x: Tensor, rows: list[tuple]) -> Tensor:
-        """x after ``add`` of rows of its columns, gates first, in as few graphs as may be."""
+    def _within_reach(
+        self, x: Tensor, lacking: list[Update], has_gate: bool
+    ) -> tuple[Tensor, list[Update]]:
+        """The stream, and what it lacks of one kind and no more than a compiled block adds."""
+        of_kind = [update for update in lacking if (update[0] is not None) is has_gate]
+        others = [update for update in lacking if (update[0] is not None) is not has_gate]
+        return self._complete(x, others + of_kind[ABSORBED:]), of_kind[:ABSORBED]
+
+    def _complete(self, x: Tensor, lacking: list[Update]) -> Tensor:
+        """The stream that lacks nothing."""
+        if not self.compiles:
+            return add_updates(x, lacking)
         # Those with a gate by themselves: every mixture would be a graph of its own.
         for has_gate in (True, False):
-            rest = [row for row in rows if (row[0] is not None) is has_gate]
+            rest = [update for update in lacking if (update[0] is not None) is has_gate]
             while rest:
                 arity = next(n for n in ARITIES if n <= len(rest))
-                x = _compiled(add)(x, *map(list, zip(*rest[:arity], strict=True)))
+                x = _compiled(add_updates)(x, rest[:arity])
                 rest = rest[arity:]
         return x
 

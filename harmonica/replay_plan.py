@@ -1,10 +1,9 @@
 """What a schedule makes run when, planned once, before anything runs.
 
 A branch's value is kept only if a later step reads it, and dropped at its last reading. Reused
-branches that follow each other are one operation, whatever blocks they are of: a fused multiply-add
-for every value, or, compiled, a pass over the stream for every eight. Nothing of a block whose
-branches are all reused runs but that, and what is outside of its branches: its end of a long skip
-connection.
+branches that follow each other are one operation, whatever blocks they are of. Nothing of a block
+whose branches are all reused runs but that, and what is outside of its branches: its end of a long
+skip connection.
 """
 
 from collections.abc import Mapping

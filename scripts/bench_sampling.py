@@ -4,7 +4,7 @@ Prints the time of a batch without and with a cache, timed in turn after warm-up
 speed-up, the theoretical one, and their ratio, the efficiency; arithmetic against the machine's own
 matrix products, measured in the same run; what the cache holds at most, as planned; how many images
 ran at once; and on a GPU the peak memory of a batch of either kind, without CUDA graphs, and of
-decoding an image.
+decoding an image. With --profile also where the time of a batch of either kind goes.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import DTYPES, Backbone, load_backbone, select_device
@@ -31,9 +32,15 @@ from harmonica.randomness import Draws
 from harmonica.sample_config import known_from_router
 from harmonica.sampling import load_schedule, trajectories, with_predictor
 from harmonica.schedule import Schedule
-from harmonica.timing import Timing, machine, timed
+from harmonica.timing import Timing, machine, seconds, timed
 
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+# Kinds of kernels by what is in their names, the first that fits.
+KINDS = {
+    "fused by torch.compile": ("triton", "cpp_fused"),
+    "attention": ("attention", "flash", "fmha", "sdpa"),
+    "matrix products": ("gemm", "gemv", "nvjet", "cutlass", "mm", "linear", "conv"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class BenchConfig(BackboneConfig):
     num_images: int = option(8, "images of the batch", aliases=("--batch-size",), low=1)
     repeats: int = option(5, "timed repetitions, after warming up", low=1)
     random_weights: bool = option(False, "speed does not depend on weights: draw them")
+    profile: bool = option(False, "one more batch of each kind, to see where its time goes")
     out: Path | None = option(None, "JSON report")
 
     @classmethod
@@ -103,6 +111,27 @@ def device_memory(
     return peaks | peak_memory(device, {"decoding": partial(decode, batch.x_T[:1])})
 
 
+def kind_of(kernel: str) -> str:
+    """What a kernel, or on a CPU an operator, does."""
+    name = kernel.lower()
+    return next((kind for kind, parts in KINDS.items() if any(p in name for p in parts)), "others")
+
+
+def profiles(device: torch.device, runs: dict[str, Callable[[], object]]) -> dict[str, dict]:
+    """Seconds of kernels by kind for every run, after those runs have warmed up."""
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    found = {}
+    for name, run in runs.items():
+        with profile(activities=activities) as profiled:
+            seconds(run, device)
+        taken: dict[str, float] = dict.fromkeys([*KINDS, "others"], 0.0)
+        for event in profiled.key_averages():
+            time = event.self_device_time_total or event.self_cpu_time_total
+            taken[kind_of(event.key)] += time / 1e6
+        found[f"profile_{name}"] = taken
+    return found
+
+
 @torch.inference_mode()
 def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict:
     """Everything that is printed, by name."""
@@ -137,6 +166,7 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
             schedule, backbone.model, backbone.latent_shape[1:], rows
         ),
         **memory,
+        **(profiles(device, runs) if config.profile else {}),
     }
 
 
@@ -185,6 +215,8 @@ def bench() -> None:
 
 
 def _shown(name: str, value: object) -> str:
+    if name.startswith("profile_"):
+        return ", ".join(f"{kind} {time:.4f} s" for kind, time in value.items())
     if isinstance(value, dict):
         return str(Timing(**value))
     if "_bytes" in name and value is not None:

@@ -72,6 +72,34 @@ def test_a_sampling_benchmark_says_how_much_it_did_at_once(sampling, monkeypatch
     assert whole["rows"] == halved["rows"] == 8
 
 
+def test_a_sampling_benchmark_tells_where_time_goes(sampling, monkeypatch, tmp_path, capsys):
+    arguments = ("--num-sampling-steps", "2", "--num-images", "1", "--profile")
+    found = run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
+    kinds = {*sampling.KINDS, "others"}
+    for name in ("profile_uncached", "profile_cached"):
+        assert found[name].keys() == kinds and found[name]["matrix products"] > 0
+    assert (
+        "profile_cached                   fused by torch.compile 0.0000 s"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_per_fused_addmm_native_layer_norm_0", "fused by torch.compile"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", "others"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(sampling, kernel, kind):
+    assert sampling.kind_of(kernel) == kind
+
+
 def test_a_sampling_benchmark_names_its_own_flag(sampling, monkeypatch, tmp_path, capsys):
     arguments = ("--num-sampling-steps", "2", "--cur", "0.99")
     with pytest.raises(SystemExit):

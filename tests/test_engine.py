@@ -29,8 +29,7 @@ from harmonica.engine import (
     Engine,
     PlannedReplay,
     Recipe,
-    add_gated,
-    add_weighted,
+    add_updates,
     planned_cache_bytes,
     run_branches,
 )
@@ -506,9 +505,10 @@ def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch)
 
 COMPILED = Acceleration(compiles=True)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-# Blocks with any consecutive branches of theirs; U-ViT's long skips; and sums of 8, 4, 2, 1 last
-# values or forecasts, of branches with a gate or, in PixArt besides, without.
-MOST_GRAPHS = {"dit": 3 + 2 * 4, "uvit": 3 + 1 + 2 * 4, "pixart": 6 + 4 * 4}
+# Blocks with any consecutive branches of theirs, which add up to three last values or forecasts
+# before; U-ViT's long skips; and sums of 8, 4, 2, 1, of branches with a gate or, in PixArt besides,
+# without.
+MOST_GRAPHS = {"dit": 3 * 7 + 2 * 4, "uvit": 3 * 7 + 1 + 2 * 4, "pixart": 6 * 7 + 4 * 4}
 
 
 @contextlib.contextmanager
@@ -551,26 +551,29 @@ def test_replay_is_traced_whole_with_few_graphs(family, dtype, traced):
 
 
 @torch.no_grad()
-def test_compiled_sums_have_gates_throughout_or_none(monkeypatch):
+@pytest.mark.parametrize(("family", "has_gates"), [("pixart", True), ("uvit", False)])
+def test_what_is_compiled_adds_updates_of_one_kind(family, has_gates, monkeypatch):
     """Every mixture would be a graph of its own, of which torch allows so many."""
-    seen = set()
+    absorbed, added = [], []
 
     def noting(function):
         def run(*arguments):
-            if function in (add_gated, add_weighted):
-                gates = arguments[1]
-                seen.add((function, len(gates), sum(gate is None for gate in gates)))
+            if function is run_branches:
+                absorbed.append([gate is not None for gate, *_ in arguments[3]])
+            if function is add_updates:
+                added.append([gate is not None for gate, *_ in arguments[1]])
             return function(*arguments)
 
         return run
 
     monkeypatch.setattr(engine, "_compiled", noting)
-    batch = tiny_trajectories("pixart")
-    for schedule in cases("pixart"):
+    batch = tiny_trajectories(family)
+    for schedule in cases(family):
         eager = Engine(schedule)(batch)
         assert relative(Engine(schedule, COMPILED)(batch), eager) < 1e-6
-    assert {function for function, *_ in seen} == {add_gated, add_weighted}
-    assert all(ungated in (0, count) for _, count, ungated in seen)
+    assert {kind for kinds in absorbed for kind in kinds} == {has_gates}
+    assert all(len(set(kinds)) == 1 for kinds in added)
+    assert max(map(len, absorbed)) <= engine.ABSORBED and max(map(len, added)) > 1
 
 
 @pytest.mark.slow
@@ -607,8 +610,8 @@ def test_compiled_replay_of_a_trained_model_is_the_same_up_to_rounding(golden_b:
         blockwise = delta_dit(golden_b.num_steps, golden_b.costs, 2, 1, golden_b.num_steps // 2)
         replayed = Engine(blockwise)(golden_b.trajectories())
         assert relative(Engine(blockwise, COMPILED)(golden_b.trajectories()), replayed) < 1e-5
-        # Whole blocks, attention, MLP, blocks by themselves; sums of 8, 4, 2, 1.
-        assert counters["stats"]["unique_graphs"] <= 4 + 4
+        # Attention, MLP, whole blocks, which add 0 to 3 before; blocks by themselves; sums.
+        assert counters["stats"]["unique_graphs"] <= 3 * 4 + 1 + 4
         assert not counters["graph_break"]
 
 
@@ -617,35 +620,39 @@ def test_adding_in_groups_is_adding_one_by_one(golden_b: Golden, has_weights, mo
     """Eighteen branches, of which every sixth has no gate: in groups of 8, 4, 2 and 1 of a kind."""
     x, *values = torch.randn(19, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     gates = [None if k % 6 == 5 else value[:, :1].sin() for k, value in enumerate(values)]
-    weights = [torch.tensor([0.1 * k]) for k in range(len(values))]
-    rows = list(zip(gates, weights, values, strict=True))
+    weights = [torch.tensor([0.1 * k]) if has_weights else None for k in range(len(values))]
+    updates = list(zip(gates, weights, values, strict=True))
     expected = x
-    for gate, weight, value in sorted(rows, key=lambda row: row[0] is None):
-        weight = weight if has_weights else torch.ones(1)
-        gate = weight if gate is None else gate * weight
-        expected = torch.addcmul(expected, gate, value)
+    for gate, weight, value in sorted(updates, key=lambda update: update[0] is None):
+        weight = torch.ones(1) if weight is None else weight
+        expected = torch.addcmul(expected, weight if gate is None else gate * weight, value)
     groups = []
 
     def counting(function):
-        return lambda x, *columns: groups.append(len(columns[0])) or function(x, *columns)
+        return lambda x, updates: groups.append(len(updates)) or function(x, updates)
 
     monkeypatch.setattr(engine, "_compiled", counting)
     batch = golden_b.trajectories()
     replay = PlannedReplay(batch, Recipe(None, batch), COMPILED)
-    add = add_weighted if has_weights else add_gated
-    rows = rows if has_weights else [(gate, value) for gate, _, value in rows]
-    assert torch.equal(replay._add_compiled(add, x, rows), expected)
+    assert torch.equal(replay._complete(x, updates), expected)
     assert groups == [8, 4, 2, 1, 2, 1]
 
 
-def test_running_some_branches_gives_their_values(golden_b: Golden):
+@torch.no_grad()
+def test_running_some_branches_adds_what_the_stream_lacks_first(golden_b: Golden):
     batch = golden_b.trajectories()
-    modulations, block = batch.conditioning(0).blocks[0], golden_b.model.blocks[0]
+    parts, block = batch.conditioning(0).blocks[0], golden_b.model.blocks[0]
     rows = torch.cat([batch.x_T] * batch.guidance.halves)
     x = golden_b.model.embed(rows, batch.conditioning(0))
-    after, (value,) = run_branches(block, (1,), x, modulations)
-    assert torch.equal(value, block.mlp_update(x, modulations[1]))
-    assert relative(after, x + modulations[1].gate * value) < 1e-6
+    before = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    complete = x + 0.5 * parts[1].gate * before
+    lacking = [(parts[1].gate, torch.tensor([0.5]), before)]
+    after, (value,) = run_branches(block, (1,), x, lacking, parts)
+    assert relative(value, block.mlp_update(complete, parts[1])) < 1e-5
+    assert relative(after, complete) < 1e-6
+    # All but the last update.
+    after, (first, _) = run_branches(block, (0, 1), x, [], parts)
+    assert relative(after, x + parts[0].gate * first) < 1e-6
 
 
 @pytest.mark.parametrize(
