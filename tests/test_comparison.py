@@ -11,7 +11,8 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from harmonica.baselines import OF_LONG_SKIPS
-from harmonica.comparison.config import DEFAULT_METHODS, CompareConfig
+from harmonica.comparison.config import DEFAULT_METHODS, TRAINED, Cell, CompareConfig
+from harmonica.comparison.routers import Routers
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown, overview
 from harmonica.errors import HarmonicaError
@@ -313,3 +314,15 @@ def test_quick_gives_way_to_flags_and_presets_to_quick():
     assert config.num_paired == 3
     assert config.num_images == CompareConfig.SMALL["num_images"]
     assert config.compile
+
+
+def test_published_settings_one_at_a_time(tmp_path):
+    """Each has a method of its own, all together have another, and each method can learn."""
+    config = CompareConfig(**TINY, data="cifar10", out=tmp_path)
+    routers = Routers(config, Comparison(config).backbone)
+    for method in TRAINED:
+        routers._training(Cell(method)).check()
+    parts = [options for name, options in TRAINED.items() if "-published-" in name]
+    assert len(parts) == 6
+    together = [setting for options in parts for setting in options.items()]
+    assert sorted(together, key=str) == sorted(TRAINED["harmonica-published"].items(), key=str)

@@ -12,20 +12,21 @@ from harmonica.errors import HarmonicaError
 from harmonica.metrics import METRICS
 from harmonica.options import option
 
+# Published settings that this project changed, by what they are about.
+_PUBLISHED: dict[str, dict] = {
+    "lambda": {"lambda_form": "published"},
+    "stored": {"stores_fresh": False},
+    "compared": {"compares_all": True},
+    "lr": {"lr": 0.01, "adam_eps": 1e-8},
+    "start": {"init_std": 1.0},
+    "refresh": {"lambda_c": 500, "lambda_batch_size": 16},
+}
 # Methods that learn, and what sets them apart from this project's own training.
 TRAINED: dict[str, dict] = {
     "harmonica": {},
     # As published, but for beta, which is steered.
-    "harmonica-published": {
-        "lambda_form": "published",
-        "stores_fresh": False,
-        "compares_all": True,
-        "lr": 0.01,
-        "adam_eps": 1e-8,
-        "init_std": 1.0,
-        "lambda_c": 500,
-        "lambda_batch_size": 16,
-    },
+    "harmonica-published": {k: v for part in _PUBLISHED.values() for k, v in part.items()},
+    **{f"harmonica-published-{name}": part for name, part in _PUBLISHED.items()},
     "sdt-ltc-loss": {"lambda_form": "constant"},
     "learning-to-cache": {"method": "learning-to-cache"},
 }
