@@ -109,6 +109,11 @@ class CompareConfig(BackboneConfig):
     batch_size: int = option(64, "images per forward", low=1)
     repeats: int = option(3, "timed repetitions", low=1)
     out: Path = option(Path("comparison"), "folder of cells, table and plot")
+    jobs: int = option(
+        1,
+        "processes that train and sample side by side; on several GPUs each takes one in turn",
+        low=1,
+    )
     quick: bool = option(False, "a few minutes: small numbers of everything not given by a flag")
 
     SMALL: ClassVar[dict] = {
@@ -127,7 +132,7 @@ class CompareConfig(BackboneConfig):
         (("speedups", "curs"), ("speedups", "curs")),
     )
     # What may change between runs into the same folder.
-    FREE: ClassVar[set[str]] = {"methods", "speedups", "curs", "seeds", "batch_size", "out"}
+    FREE: ClassVar[set[str]] = {"methods", "speedups", "curs", "seeds", "batch_size", "out", "jobs"}
 
     def __post_init__(self):
         super().__post_init__()
