@@ -1,9 +1,18 @@
 """The comparison: every method on the same seeds, resumable, tabulated and drawn."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +20,12 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from harmonica.baselines import OF_LONG_SKIPS
-from harmonica.comparison.config import DEFAULT_METHODS, CompareConfig
+from harmonica.comparison import jobs
+from harmonica.comparison.config import DEFAULT_METHODS, TRAINED, Cell, CompareConfig
+from harmonica.comparison.routers import Routers
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown, overview
-from harmonica.errors import HarmonicaError
+from harmonica.errors import HarmonicaError, HarmonicaWarning, Interrupted
 from harmonica.image_error import readable
 from harmonica.options import build_parser, resolve
 from harmonica.router_file import load_router
@@ -313,3 +324,187 @@ def test_quick_gives_way_to_flags_and_presets_to_quick():
     assert config.num_paired == 3
     assert config.num_images == CompareConfig.SMALL["num_images"]
     assert config.compile
+
+
+def test_published_settings_one_at_a_time(tmp_path):
+    """Each has a method of its own, all together have another, and each method can learn."""
+    config = CompareConfig(**TINY, data="cifar10", out=tmp_path)
+    routers = Routers(config, Comparison(config).backbone)
+    for method in TRAINED:
+        routers._training(Cell(method)).check()
+    parts = [options for name, options in TRAINED.items() if "-published-" in name]
+    assert len(parts) == 6
+    together = [setting for options in parts for setting in options.items()]
+    assert sorted(together, key=str) == sorted(TRAINED["harmonica-published"].items(), key=str)
+
+
+# Several processes.
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Trainings that were begun."""
+    return sorted(path.parent for path in folder.glob("routers/*/*/config.yaml"))
+
+
+def by_place(folder: Path) -> dict[tuple, dict]:
+    results = json.loads((folder / "comparison.json").read_text())["results"]
+    return {(r["method"], r["level"], r["seed"]): r for r in results}
+
+
+def processes_with(word: str) -> list[int]:
+    """Those whose command line holds it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+@contextmanager
+def while_training(folder: Path, act: Callable[[int], None]) -> Iterator[None]:
+    """Do something with the process that is first seen to train, at a moment when it does."""
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            for run in runs_of(folder):
+                lock = folder / "jobs" / f"router_{run.parent.name}.lock"
+                if not (run / "router.safetensors").exists() and lock.is_file():
+                    act(int(lock.read_text().split()[1]))
+                    acted.append(run)
+                    return
+
+    acted, ended = [], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    assert acted, "nothing was seen to train"
+
+
+@pytest.fixture
+def few_held_out(tmp_path, monkeypatch):
+    """Trajectories learn on few rows, here and in processes that are started."""
+    changes = """
+import sys
+sys.path.insert(0, {root!r})
+from harmonica.training import config
+config.HELD_OUT_ROWS, config.ROWS["trajectory"] = 4, 2
+"""
+    (tmp_path / "sitecustomize.py").write_text(changes.format(root=str(ROOT)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("harmonica.training.config.HELD_OUT_ROWS", 4)
+    monkeypatch.setitem(ROWS, "trajectory", 2)
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_gives(tmp_path, few_held_out):
+    methods = ("harmonica", "trajectory-refined", "random", "uniform")
+    config = CompareConfig(
+        **{**TINY, "num_images": 3, "speedups": (1.5, 2.0), "seeds": (0,)}, methods=methods,
+        exchanges=2, out=tmp_path / "one",
+    )  # fmt: skip
+    Comparison(config).run()
+    several = replace(config, jobs=2, out=tmp_path / "several")
+    table = Comparison(several).run()
+    assert "seconds with up to 2 processes side by side" in table
+    one, other = by_place(config.out), by_place(several.out)
+    assert one.keys() == other.keys() and len(one) == 1 + 2 * len(methods)
+    for place, expected in one.items():
+        found = other[place]
+        assert found["schedule"] == expected["schedule"]
+        assert found["scores"] == pytest.approx(expected["scores"], rel=1e-3)
+        for name in ("against_uncached", "against_exact"):
+            assert found[name]["mse"] == pytest.approx(expected[name]["mse"], rel=1e-3)
+        assert found["measured_speedup"]["ratio"] > 0
+        if "training" in expected:
+            assert found["training"]["evaluations"] == expected["training"]["evaluations"]
+    # Each router learned once, and not in this process.
+    learned = [f"{run.parent.name}/{run.name}" for run in runs_of(several.out)]
+    assert learned == [f"{run.parent.name}/{run.name}" for run in runs_of(config.out)]
+    signed = {lock.read_text().split()[1] for lock in (several.out / "jobs").glob("*.lock")}
+    assert len(signed) == 2 and str(os.getpid()) not in signed
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_loses_nothing(tmp_path):
+    config = CompareConfig(
+        **{**TINY, "num_images": 0}, methods=("harmonica", "random"), jobs=2, out=tmp_path / "out"
+    )
+    killed = while_training(config.out, lambda process: os.kill(process, signal.SIGKILL))
+    with killed, pytest.warns(HarmonicaWarning, match=r"ended by SIGKILL, see .*jobs/[01]\.log"):
+        Comparison(config).run()
+    cells = {(method, seed) for method, _, seed in by_place(config.out)}
+    assert cells == {("uncached", 0), *((name, i) for name in config.methods for i in (0, 1))}
+    assert len(runs_of(config.out)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_processes_and_the_next_call_goes_on(tmp_path, signum):
+    config = CompareConfig(
+        **{**TINY, "num_images": 0}, methods=("harmonica",), jobs=2, out=tmp_path / "out"
+    )
+    stopped = while_training(config.out, lambda _: os.kill(os.getpid(), signum))
+    with stopped, pytest.raises(Interrupted, match="the same command goes on"):
+        Comparison(config).run()
+    assert not processes_with(str(config.out))
+    begun = runs_of(config.out)
+    Comparison(replace(config, jobs=1)).run()
+    assert set(begun) <= set(runs_of(config.out)) and len(runs_of(config.out)) == 2
+    assert len(by_place(config.out)) == 3
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """Even if that is killed."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable, ROOT / "scripts" / "compare.py", "--quick", "--methods", "harmonica",
+        "--seeds", "0", "1", "--num-images", "0", "--train-updates", "100000", "--jobs", "2",
+        "--out", out,
+    ]  # fmt: skip
+    main = subprocess.Popen(list(map(str, command)), cwd=tmp_path)
+    with while_training(out, lambda _: main.kill()):
+        main.wait(timeout=120)
+    end = time.monotonic() + 30
+    while processes_with(str(out)):
+        assert time.monotonic() < end, "a process outlived the one that started it"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_what_a_process_refuses_is_repeated(finished):
+    """In a warning, and by the pass that follows."""
+    (finished.out / "latents" / "uncached.safetensors").write_bytes(b"damaged")
+    (finished.out / "cells" / "random_speedup1.5_seed0.json").unlink()
+    with (
+        pytest.warns(HarmonicaWarning, match=r"ended with status 2 \(error: .*uncached"),
+        pytest.raises(HarmonicaError, match="uncached"),
+    ):
+        Comparison(replace(finished, jobs=2)).run()
+
+
+def test_nothing_is_started_for_what_is_finished(finished, monkeypatch):
+    monkeypatch.setattr("harmonica.comparison.jobs._start", None)
+    Comparison(replace(finished, jobs=2)).run()
+
+
+@pytest.mark.parametrize(
+    ("seen", "count", "given"),
+    [(None, 2, ["0", "1", "0"]), ("3, 5,7", 3, ["3", "5", "7"]), ("GPU-a", 1, ["GPU-a"] * 3)],
+)
+def test_processes_take_gpus_in_turn_and_share_threads(monkeypatch, seen, count, given):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    environments = [jobs._environment(number, 3) for number in range(3)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == given
+    assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"2"}

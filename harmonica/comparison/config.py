@@ -12,20 +12,21 @@ from harmonica.errors import HarmonicaError
 from harmonica.metrics import METRICS
 from harmonica.options import option
 
+# Published settings that this project changed, by what they are about.
+_PUBLISHED: dict[str, dict] = {
+    "lambda": {"lambda_form": "published"},
+    "stored": {"stores_fresh": False},
+    "compared": {"compares_all": True},
+    "lr": {"lr": 0.01, "adam_eps": 1e-8},
+    "start": {"init_std": 1.0},
+    "refresh": {"lambda_c": 500, "lambda_batch_size": 16},
+}
 # Methods that learn, and what sets them apart from this project's own training.
 TRAINED: dict[str, dict] = {
     "harmonica": {},
     # As published, but for beta, which is steered.
-    "harmonica-published": {
-        "lambda_form": "published",
-        "stores_fresh": False,
-        "compares_all": True,
-        "lr": 0.01,
-        "adam_eps": 1e-8,
-        "init_std": 1.0,
-        "lambda_c": 500,
-        "lambda_batch_size": 16,
-    },
+    "harmonica-published": {k: v for part in _PUBLISHED.values() for k, v in part.items()},
+    **{f"harmonica-published-{name}": part for name, part in _PUBLISHED.items()},
     "sdt-ltc-loss": {"lambda_form": "constant"},
     "learning-to-cache": {"method": "learning-to-cache"},
 }
@@ -108,6 +109,11 @@ class CompareConfig(BackboneConfig):
     batch_size: int = option(64, "images per forward", low=1)
     repeats: int = option(3, "timed repetitions", low=1)
     out: Path = option(Path("comparison"), "folder of cells, table and plot")
+    jobs: int = option(
+        1,
+        "processes that train and sample side by side; on several GPUs each takes one in turn",
+        low=1,
+    )
     quick: bool = option(False, "a few minutes: small numbers of everything not given by a flag")
 
     SMALL: ClassVar[dict] = {
@@ -126,7 +132,7 @@ class CompareConfig(BackboneConfig):
         (("speedups", "curs"), ("speedups", "curs")),
     )
     # What may change between runs into the same folder.
-    FREE: ClassVar[set[str]] = {"methods", "speedups", "curs", "seeds", "batch_size", "out"}
+    FREE: ClassVar[set[str]] = {"methods", "speedups", "curs", "seeds", "batch_size", "out", "jobs"}
 
     def __post_init__(self):
         super().__post_init__()

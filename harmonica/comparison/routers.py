@@ -56,29 +56,46 @@ class Routers:
 
         One that was cut short goes on. One with other options stays as it is, beside a new one.
         """
-        name = f"{cell.method}_seed{cell.seed}" if cell.method in TRAINED else cell.key
-        folder = self.config.out / "routers" / name
-        options = self._options(cell)
-        if cell.method in ON_FORA:
-            options["freeze_schedule"] = folder.parent / f"{name}.json"
-            if not options["freeze_schedule"].is_file():
-                fora = METHODS["fora"](self.backbone, cell.level, cell.seed)
-                fora.schedule.save(options["freeze_schedule"])
-        # Not every objective has compiled blocks, and what training took is compared.
-        shared = replace(self.config, compile=False)
-        options.update(global_seed=cell.seed, results_dir=folder, resume="auto")
-        config = shared.of(TrainConfig, **options)
-        known = RunDirectory.newest_like(folder, config, self.backbone.weights_hash)
+        config, known = self._training(cell), self._known(cell)
         if known is not None and known.router.is_file():
             return known
+        schedule = config.freeze_schedule
+        if schedule is not None and not schedule.is_file():
+            METHODS["fora"](self.backbone, cell.level, cell.seed).schedule.save(schedule)
         if known is None and cell.method in REFINED:
             base = self.run(replace(cell, method=REFINED[cell.method]))
+            folder = config.results_dir
             copy_of = folder / ".copy"
             shutil.rmtree(copy_of, ignore_errors=True)
             # As if it had been stopped before its end.
             shutil.copytree(base.path, copy_of, ignore=shutil.ignore_patterns(base.router.name))
             copy_of.rename(RunDirectory.create(folder, config).path)
         return Trainer(config).run()
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether that run is."""
+        known = self._known(cell)
+        return known is not None and known.router.is_file()
+
+    def _known(self, cell: Cell) -> RunDirectory | None:
+        """That run, as far as it has come."""
+        config = self._training(cell)
+        return RunDirectory.newest_like(config.results_dir, config, self.backbone.weights_hash)
+
+    @staticmethod
+    def name(cell: Cell) -> str:
+        """Of the folder of that run, which cells of several levels may share."""
+        return f"{cell.method}_seed{cell.seed}" if cell.method in TRAINED else cell.key
+
+    def _training(self, cell: Cell) -> TrainConfig:
+        folder = self.config.out / "routers" / self.name(cell)
+        options = self._options(cell)
+        if cell.method in ON_FORA:
+            options["freeze_schedule"] = folder.parent / f"{folder.name}.json"
+        # Not every objective has compiled blocks, and what training took is compared.
+        shared = replace(self.config, compile=False)
+        options.update(global_seed=cell.seed, results_dir=folder, resume="auto")
+        return shared.of(TrainConfig, **options)
 
     def _options(self, cell: Cell) -> dict[str, Any]:
         """How a method learns, the schedule of FORA left out."""

@@ -1,9 +1,10 @@
 """A comparison: cells are planned, measured, kept, and drawn."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 import yaml
@@ -22,6 +23,7 @@ from harmonica.comparison.config import (
     Cell,
     CompareConfig,
 )
+from harmonica.comparison.jobs import side_by_side
 from harmonica.comparison.routers import Routers
 from harmonica.comparison.table import markdown, overview
 from harmonica.engine import Engine
@@ -30,11 +32,13 @@ from harmonica.evaluation import measure_reference
 from harmonica.files import read_json, read_safetensors, read_yaml, write_atomically
 from harmonica.image_error import ImageError
 from harmonica.labelled_images import LabelledImages
+from harmonica.lock import held_in_turn
 from harmonica.metrics.extractor import Extractor, load_extractor
 from harmonica.metrics.instruments import bundled_size, check_size, suitable_extractor
 from harmonica.metrics.reference import Reference, open_reference
 from harmonica.metrics.scores import set_scores, set_warnings
 from harmonica.options import plain
+from harmonica.output import make_folder
 from harmonica.plots import pareto_plot
 from harmonica.randomness import Draws
 from harmonica.sampling import check_finite, eight_bit, sample, trajectories
@@ -66,6 +70,7 @@ class Comparison:
 
         Raises:
             HarmonicaError: bad input, or a folder of another comparison.
+            Interrupted: a signal came while others trained and sampled; the same call goes on.
         """
         # What is missing is said before anything is sampled.
         provenance = self._provenance()
@@ -73,6 +78,9 @@ class Comparison:
             LabelledImages(self.config.data, self.backbone.image_size)
         self._claim_folder("config.yaml", plain(self.config), self.config.FREE)
         self._claim_folder("provenance.yaml", provenance, set())
+        if self.config.jobs > 1:
+            side_by_side(self)
+        # What is left: times, which are of one process alone, and all that others did not finish.
         left_out = []
         for cell in self.cells():
             try:
@@ -80,7 +88,7 @@ class Comparison:
             except OutOfReach as error:
                 left_out.append(f"{cell.method} at {cell.level}: {error}")
         results = self._finished()
-        table = f"{markdown(results)}\n\n{overview(results)}\n\n{self._footer()}"
+        table = f"{markdown(results)}\n\n{overview(results)}\n\n{self._footer(results)}"
         record = {"config": plain(self.config), **provenance, "results": results}
         record["left_out"] = left_out
         write_atomically(self.config.out / REPORT, json.dumps(record, indent=1).encode())
@@ -142,8 +150,13 @@ class Comparison:
                     )
         write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
 
-    def _footer(self) -> str:
+    def _footer(self, results: list[dict]) -> str:
         config, device = self.config, self.device.type
+        jobs = max(result.get("training", {}).get("jobs", 1) for result in results)
+        beside = f", seconds with up to {jobs} processes side by side" if jobs > 1 else ""
+        methods = {result["method"] for result in results}
+        once = ", ".join(name for name in TRAINED if name in methods)
+        shared = f", once for all levels for {once}" if once else ""
         return (
             f"weights {self.backbone.weights_hash}, {config.sampler} T = "
             f"{config.num_sampling_steps}, guidance {config.cfg_scale:g}, {config.num_paired} "
@@ -151,8 +164,7 @@ class Comparison:
             f"distances, of which the uncached run makes {UNCACHED_SETS} sets; exact: DDIM with "
             f"{config.exact_steps} steps; time of a batch of {TIMED_BATCH[device]} against the "
             f"uncached one in the same run, {torch.get_num_threads()} threads on {device}; "
-            "training: evaluations of the model on one sample, and seconds, once for all levels "
-            f"for {', '.join(TRAINED)}"
+            f"training: evaluations of the model on one sample, and seconds{shared}{beside}"
         )
 
     # Plans.
@@ -189,18 +201,38 @@ class Comparison:
         cells = (self.config.out / "cells").glob("*.json")
         return sorted((read_json(path) for path in cells), key=place)
 
+    def _file(self, cell: Cell) -> Path:
+        return self.config.out / "cells" / f"{cell.key}.json"
+
+    def has_images(self, cell: Cell) -> bool:
+        """Whether they are measured."""
+        path = self._file(cell)
+        return path.is_file() and "scores" in read_json(path)
+
+    def measure_images(self, cell: Cell) -> None:
+        """Measure them, unless they are, and no time.
+
+        Raises:
+            OutOfReach: see ``plan``.
+        """
+        self._add(cell, {"scores": self._of_images})
+
     def _measure(self, cell: Cell) -> None:
         """Measure what is not in the file of a cell yet: images, then time.
 
         Raises:
             OutOfReach: see ``plan``.
         """
-        path = self.config.out / "cells" / f"{cell.key}.json"
-        known = read_json(path) if path.is_file() else {}
         wanted = {"scores": self._of_images}
         # Another seed of a method takes about the same time.
         if not cell.has_seeds or cell.seed == self.config.seeds[0]:
             wanted["measured_speedup"] = self._of_time
+        self._add(cell, wanted)
+
+    def _add(self, cell: Cell, wanted: dict[str, Callable[[Cell, Plan], dict]]) -> None:
+        """Measure what the file of a cell lacks, and put it there."""
+        path = self._file(cell)
+        known = read_json(path) if path.is_file() else {}
         lacking = [measure for name, measure in wanted.items() if name not in known]
         plan = self.plan(cell) if lacking else None
         for measure in lacking:
@@ -224,7 +256,9 @@ class Comparison:
             ]
             result["scores_of_other_images"] = [other["scores"] for other in others]
         if cell.method in LEARNED:
-            result["training"] = asdict(self.routers.run(cell).effort())
+            effort = asdict(self.routers.run(cell).effort())
+            # Seconds beside other processes are more than alone.
+            result["training"] = {**effort, "jobs": self.config.jobs}
         return result
 
     def _latents(self, cell: Cell, plan: Plan) -> Tensor:
@@ -282,12 +316,14 @@ class Comparison:
         return self.decode(self.exact_latents)
 
     def _kept(self, name: str, plan: Plan) -> Tensor:
-        """Latents of the paired seeds, from the folder if an earlier run left them there."""
+        """Latents of the paired seeds, from the folder if another run left them there or will."""
         path = self.config.out / "latents" / f"{name}.safetensors"
-        if path.is_file():
-            return read_safetensors(path)[0]["latents"]
-        latents = self._sample(plan, 0, self.config.num_paired, name)
-        write_atomically(path, safetensors_bytes({"latents": latents}))
+        make_folder(path.parent)
+        with held_in_turn(path.with_suffix(".lock"), f"--out {self.config.out}"):
+            if path.is_file():
+                return read_safetensors(path)[0]["latents"]
+            latents = self._sample(plan, 0, self.config.num_paired, name)
+            write_atomically(path, safetensors_bytes({"latents": latents}))
         return latents
 
     @torch.inference_mode()
