@@ -32,8 +32,9 @@ from harmonica.schedule import Schedule
 from models.layers import gated
 from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
 
-# Updates that a compiled block adds to the stream before it reads it, at most, and how many of the
-# rest are one kernel. Every number is a graph of its own; longer sums are taken apart.
+# Values of reused branches that a compiled block adds to the stream before it reads it, at most,
+# and of how many of the rest a kernel is. Every number is a graph of its own; and a norm that reads
+# many is slow: with six values of forecasts, replay took longer on a GPU than with two.
 ABSORBED = 3
 ARITIES = (8, 4, 2, 1)
 # Compiled graphs of a function before torch refuses more: some batch sizes and precisions.
@@ -92,6 +93,22 @@ def join(block: Block, x: Tensor, skip: Tensor) -> Tensor:
     return block.join(x, skip)
 
 
+def embed(model: DiffusionTransformer, x: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
+    """``model.embed``, which takes of the conditioning its ends alone."""
+    return model.embed(x, Conditioning((), ends))
+
+
+def head(
+    model: DiffusionTransformer,
+    x: Tensor,
+    lacking: list[Update],
+    ends: tuple[Tensor, ...],
+    size: tuple[int, int],
+) -> Tensor:
+    """``model.head`` on the stream that still lacks some updates."""
+    return model.head(add_updates(x, lacking), Conditioning((), ends), size)
+
+
 def block_runner(compiles: bool, checkpoints: bool) -> Callable[..., Tensor]:
     """How a training step runs the blocks of a model; see ``models.transformer.call_block``.
 
@@ -126,6 +143,9 @@ class Recipe:
         if schedule is not None:
             compute, predictor = schedule.compute, schedule.predictor
         self.plan = plan_replay(compute, names, predictor.depth, batch.model.joins)
+        self.absorbed = (
+            1 + ABSORBED * predictor.depth
+        )  # updates: also of a branch that was computed
         device = batch.x_T.device
         self._weights: dict[tuple[int, int], list[Tensor]] = {}
         # Of a branch that is computed: as those of the others, so that graphs are of both.
@@ -182,24 +202,23 @@ class PlannedReplay:
         return self.batch.evaluate(lambda rows, c: self._evaluate(s, rows, c), s, x)
 
     def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
-        model, size = self.batch.model, x.shape[-2:]
-        blocks = model.blocks
+        model, size, ends = self.batch.model, x.shape[-2:], conditioning.ends
         skips: dict[int, Tensor] = {}
-        x, lacking = model.embed(x, conditioning), []
+        x, lacking = self._run(embed)(model, x, ends), []
         for operation in self.recipe.plan.steps[s]:
             if isinstance(operation, Compute):
-                block = blocks[operation.block]
-                x, lacking = self._compute(s, operation, block, x, lacking, conditioning)
+                x, lacking = self._compute(s, operation, x, lacking, conditioning)
             elif isinstance(operation, Add):
                 lacking += self._reused(s, operation, conditioning)
             else:
                 x, lacking = self._complete(x, lacking), []
                 if isinstance(operation, Join):
-                    run = self._run(join)
-                    x = run(blocks[operation.block], x, skips.pop(operation.source))
+                    skip = skips.pop(operation.source)
+                    x = self._run(join)(model.blocks[operation.block], x, skip)
                 else:
                     skips[operation.block] = x
-        return model.head(self._complete(x, lacking), conditioning, size)
+        x, lacking = self._within_reach(x, lacking, conditioning)
+        return self._run(head)(model, x, lacking, ends, size)
 
     def _run(self, function: Callable) -> Callable:
         return _compiled(function) if self.compiles else function
@@ -208,16 +227,17 @@ class PlannedReplay:
         self,
         s: int,
         operation: Compute,
-        block: Block,
         x: Tensor,
         lacking: list[Update],
         conditioning: Conditioning,
     ) -> tuple[Tensor, list[Update]]:
         """The stream after some branches, and what it lacks then."""
-        parts = conditioning.blocks[operation.block]
-        if self.compiles:
-            x, lacking = self._within_reach(x, lacking, parts[0].gate is not None)
+        block, parts = (
+            self.batch.model.blocks[operation.block],
+            conditioning.blocks[operation.block],
+        )
         which = tuple(k for _, k, _ in operation.branches)
+        x, lacking = self._within_reach(x, lacking, conditioning)
         x, values = self._run(run_branches)(block, which, x, lacking, parts)
         for (i, _, keeps), value in zip(operation.branches, values, strict=True):
             if keeps:
@@ -239,12 +259,15 @@ class PlannedReplay:
         return updates
 
     def _within_reach(
-        self, x: Tensor, lacking: list[Update], has_gate: bool
+        self, x: Tensor, lacking: list[Update], conditioning: Conditioning
     ) -> tuple[Tensor, list[Update]]:
-        """The stream, and what it lacks of one kind and no more than a compiled block adds."""
+        """The stream, and what it lacks: of the model's kind and no more than a graph adds."""
+        if not self.compiles:
+            return x, lacking
+        has_gate, most = conditioning.blocks[0][0].gate is not None, self.recipe.absorbed
         of_kind = [update for update in lacking if (update[0] is not None) is has_gate]
         others = [update for update in lacking if (update[0] is not None) is not has_gate]
-        return self._complete(x, others + of_kind[ABSORBED:]), of_kind[:ABSORBED]
+        return self._complete(x, others + of_kind[most:]), of_kind[:most]
 
     def _complete(self, x: Tensor, lacking: list[Update]) -> Tensor:
         """The stream that lacks nothing."""

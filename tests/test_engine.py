@@ -505,10 +505,14 @@ def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch)
 
 COMPILED = Acceleration(compiles=True)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-# Blocks with any consecutive branches of theirs, which add up to three last values or forecasts
-# before; U-ViT's long skips; and sums of 8, 4, 2, 1, of branches with a gate or, in PixArt besides,
-# without.
-MOST_GRAPHS = {"dit": 3 * 7 + 2 * 4, "uvit": 3 * 7 + 1 + 2 * 4, "pixart": 6 * 7 + 4 * 4}
+# Blocks with any consecutive branches of theirs, and the head, which add up to four last values, or
+# three of forecasts, before; the embedding; U-ViT's long skips; and sums of 8, 4, 2, 1, of branches
+# with a gate or, in PixArt besides, without.
+MOST_GRAPHS = {
+    "dit": (3 + 1) * (5 + 3) + 1 + 2 * 4,
+    "uvit": (3 + 1) * (5 + 3) + 2 + 2 * 4,
+    "pixart": (6 + 1) * (5 + 3) + 1 + 4 * 4,
+}
 
 
 @contextlib.contextmanager
@@ -573,7 +577,7 @@ def test_what_is_compiled_adds_updates_of_one_kind(family, has_gates, monkeypatc
         assert relative(Engine(schedule, COMPILED)(batch), eager) < 1e-6
     assert {kind for kinds in absorbed for kind in kinds} == {has_gates}
     assert all(len(set(kinds)) == 1 for kinds in added)
-    assert max(map(len, absorbed)) <= engine.ABSORBED and max(map(len, added)) > 1
+    assert max(map(len, absorbed)) <= 1 + engine.ABSORBED and max(map(len, added)) > 1
 
 
 @pytest.mark.slow
@@ -610,8 +614,9 @@ def test_compiled_replay_of_a_trained_model_is_the_same_up_to_rounding(golden_b:
         blockwise = delta_dit(golden_b.num_steps, golden_b.costs, 2, 1, golden_b.num_steps // 2)
         replayed = Engine(blockwise)(golden_b.trajectories())
         assert relative(Engine(blockwise, COMPILED)(golden_b.trajectories()), replayed) < 1e-5
-        # Attention, MLP, whole blocks, which add 0 to 3 before; blocks by themselves; sums.
-        assert counters["stats"]["unique_graphs"] <= 3 * 4 + 1 + 4
+        # Attention, MLP, whole blocks and head, which add 0 to 4 before; embedding; blocks by
+        # themselves; sums.
+        assert counters["stats"]["unique_graphs"] <= 4 * 5 + 1 + 1 + 4
         assert not counters["graph_break"]
 
 

@@ -191,11 +191,13 @@ def test_a_batch_that_does_not_fit_is_halved(capsys):
     whole, engine = Engine(None)(batch), Engine(None)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    needed = -torch.cuda.memory_allocated()
     Engine(None)(batch)
-    needed = torch.cuda.memory_reserved() - before
+    needed += torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(GPU).total_memory
-    torch.cuda.set_per_process_memory_fraction((before + 0.7 * needed) / total)
+    torch.cuda.set_per_process_memory_fraction((before + 0.6 * needed) / total)
     try:
         halved = engine(batch)
     finally:
