@@ -9,26 +9,19 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from harmonica.comparison.config import LEARNED, REFINED, Cell, CompareConfig
-from harmonica.errors import HarmonicaWarning, Interrupted, OutOfReach, run_command
+from harmonica.errors import HarmonicaWarning, Interrupted, OutOfReach
 from harmonica.interruption import GRACE_S, Interruption
 from harmonica.lock import held_if_free
-from harmonica.options import read_preset
 from harmonica.output import make_folder
-
-if TYPE_CHECKING:  # it imports this module
-    from harmonica.comparison.run import Comparison
 
 PAUSE_S = 1.0  # between two looks at what others do
 
@@ -48,58 +41,19 @@ class Piece:
     after: str | None = None
 
 
-def pieces(comparison: "Comparison") -> list[Piece]:
-    """All of a comparison, in the order in which they are best begun: what takes long, or is waited
-    for, first.
-    """
-    cells = list(comparison.cells())
-    refined = [cell for cell in cells if cell.method in REFINED]
-    bases = [replace(cell, method=REFINED[cell.method]) for cell in refined]
-    learned = [cell for cell in cells if cell.method in LEARNED]
-    # Cells of several levels may share a router.
-    routers = {
-        piece.name: piece
-        for cell in (*refined, *bases, *learned)
-        for piece in [_router(comparison, cell)]
-    }
-    return [*routers.values(), *(_images(comparison, cell) for cell in cells)]
-
-
-def _router(comparison: "Comparison", cell: Cell) -> Piece:
-    routers, base = comparison.routers, REFINED.get(cell.method)
-    return Piece(
-        _router_name(comparison, cell),
-        lambda: routers.is_finished(cell),
-        lambda: routers.run(cell),
-        base and _router_name(comparison, replace(cell, method=base)),
-    )
-
-
-def _router_name(comparison: "Comparison", cell: Cell) -> str:
-    return f"router_{comparison.routers.name(cell)}"
-
-
-def _images(comparison: "Comparison", cell: Cell) -> Piece:
-    return Piece(
-        f"images_{cell.key}",
-        lambda: comparison.has_images(cell),
-        lambda: comparison.measure_images(cell),
-        _router_name(comparison, cell) if cell.method in LEARNED else None,
-    )
-
-
 # The main process.
 
 
-def side_by_side(comparison: "Comparison") -> None:
-    """Have ``--jobs`` processes train routers and measure images. One that fails is told of, and
-    what it leaves is left.
+def side_by_side(pieces: list[Piece], jobs: int, out: Path) -> None:
+    """Have so many processes do pieces. One that fails is told of, and what it leaves is left.
+
+    Args:
+        out: the comparison's folder.
 
     Raises:
         Interrupted: a signal came; no process is left, and the same call goes on.
     """
-    config, folder = comparison.config, comparison.config.out / "jobs"
-    lacking = [piece for piece in pieces(comparison) if not piece.is_finished()]
+    lacking, folder = [piece for piece in pieces if not piece.is_finished()], out / "jobs"
     make_folder(folder)
     with (
         Interruption() as interruption,
@@ -108,9 +62,9 @@ def side_by_side(comparison: "Comparison") -> None:
     ):
         running: dict[Path, subprocess.Popen] = {}
         stack.callback(lambda: _end(running.values()))
-        for number in range(min(config.jobs, len(lacking))):
+        for number in range(min(jobs, len(lacking))):
             log = folder / f"{number}.log"
-            running[log] = _start(config.out, log, _environment(number, config.jobs))
+            running[log] = _start(out, log, _environment(number, jobs))
         while running:
             if interruption.signal is not None:
                 standing = "what is finished is kept: the same command goes on"
@@ -141,7 +95,7 @@ def _start(out: Path, log: Path, environment: dict[str, str]) -> subprocess.Pope
     # Its modules are this process's, whatever the folder it is started in holds.
     program = (
         f"import sys; sys.path[:] = {sys.path!r}; "
-        "from harmonica.comparison.jobs import work; work()"
+        "from harmonica.comparison.worker import work; work()"
     )
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -183,26 +137,15 @@ def _say_failed(log: Path, status: int) -> None:
 # A job.
 
 
-@run_command
-def work() -> None:
-    """Do pieces of the comparison whose folder is the argument, until all are finished."""
-    from harmonica.comparison.run import Comparison  # it imports this module
-
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    folder = Path(sys.argv[1])
-    config = CompareConfig(**read_preset(CompareConfig, folder / "config.yaml"))
-    lacking = pieces(Comparison(config))
+def finish_all(pieces: list[Piece], folder: Path) -> None:
+    """Do, of the pieces of the comparison in a folder, what no other process does."""
+    lacking = list(pieces)
     while lacking:
         finished = _finish_one(lacking, folder)
         if finished is None:
             time.sleep(PAUSE_S)
         else:
             lacking.remove(finished)
-
-
-def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # nothing is ever written: returns when the parent is gone
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _finish_one(lacking: list[Piece], folder: Path) -> Piece | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from harmonica.baselines.fixed import evenly_spaced
 from harmonica.comparison.config import (
     ALL_METHODS,
     LEARNED,
+    REFINED,
     TRAINED,
     Cell,
     CompareConfig,
 )
-from harmonica.comparison.jobs import side_by_side
+from harmonica.comparison.jobs import Piece, side_by_side
 from harmonica.comparison.routers import Routers
 from harmonica.comparison.table import markdown, overview
 from harmonica.engine import Engine
@@ -79,7 +80,7 @@ class Comparison:
         self._claim_folder("config.yaml", plain(self.config), self.config.FREE)
         self._claim_folder("provenance.yaml", provenance, set())
         if self.config.jobs > 1:
-            side_by_side(self)
+            side_by_side(self.pieces(), self.config.jobs, self.config.out)
         # What is left: times, which are of one process alone, and all that others did not finish.
         left_out = []
         for cell in self.cells():
@@ -109,6 +110,42 @@ class Comparison:
                     continue
                 for seed in self.config.seeds if Cell(method).has_seeds else (0,):
                     yield Cell(method, level, seed)
+
+    def pieces(self) -> list[Piece]:
+        """What processes may share, in the order in which it is best begun: what takes long, or is
+        waited for, first.
+        """
+        cells = list(self.cells())
+        refined = [cell for cell in cells if cell.method in REFINED]
+        bases = [replace(cell, method=REFINED[cell.method]) for cell in refined]
+        learned = [cell for cell in cells if cell.method in LEARNED]
+        # Cells of several levels may share a router.
+        routers = {
+            piece.name: piece
+            for cell in (*refined, *bases, *learned)
+            for piece in [self._router(cell)]
+        }
+        return [*routers.values(), *map(self._images_of, cells)]
+
+    def _router(self, cell: Cell) -> Piece:
+        base = REFINED.get(cell.method)
+        return Piece(
+            self._router_name(cell),
+            partial(self.routers.is_finished, cell),
+            partial(self.routers.run, cell),
+            base and self._router_name(replace(cell, method=base)),
+        )
+
+    def _router_name(self, cell: Cell) -> str:
+        return f"router_{self.routers.name(cell)}"
+
+    def _images_of(self, cell: Cell) -> Piece:
+        return Piece(
+            f"images_{cell.key}",
+            partial(self.has_images, cell),
+            partial(self.measure_images, cell),
+            self._router_name(cell) if cell.method in LEARNED else None,
+        )
 
     @property
     def _has_labelled_images(self) -> bool:
