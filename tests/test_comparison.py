@@ -20,8 +20,9 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from harmonica.baselines import OF_LONG_SKIPS
+from harmonica.budget import Budget
 from harmonica.comparison import jobs
-from harmonica.comparison.config import DEFAULT_METHODS, TRAINED, Cell, CompareConfig
+from harmonica.comparison.config import DEFAULT_METHODS, LEARNED, TRAINED, Cell, CompareConfig
 from harmonica.comparison.routers import Routers
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown, overview
@@ -326,12 +327,19 @@ def test_quick_gives_way_to_flags_and_presets_to_quick():
     assert config.compile
 
 
-def test_published_settings_one_at_a_time(tmp_path):
-    """Each has a method of its own, all together have another, and each method can learn."""
+@pytest.mark.parametrize("method", LEARNED)
+def test_what_learns_could_be_asked_for_by_flags(method, tmp_path):
+    """Not least every objective with every predictor, in closed form or by gradient."""
     config = CompareConfig(**TINY, data="cifar10", out=tmp_path)
-    routers = Routers(config, Comparison(config).backbone)
-    for method in TRAINED:
-        routers._training(Cell(method)).check()
+    training = Routers(config, None)._training(Cell(method, Budget(speedup=1.5)))
+    if training.freeze_schedule is not None:
+        training.freeze_schedule.parent.mkdir()
+        training.freeze_schedule.write_text("{}")
+    training.check()
+
+
+def test_published_settings_one_at_a_time():
+    """Each has a method of its own, all together have another."""
     parts = [options for name, options in TRAINED.items() if "-published-" in name]
     assert len(parts) == 6
     together = [setting for options in parts for setting in options.items()]

@@ -15,7 +15,15 @@ from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import evenly_spaced, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, Replay
-from harmonica.engine import EAGER, Acceleration, Engine, add_gated, run_branches
+from harmonica.engine import (
+    EAGER,
+    Acceleration,
+    Engine,
+    add_updates,
+    embed,
+    head,
+    run_branches,
+)
 from harmonica.errors import HarmonicaError
 from harmonica.predictors import LAST, Extrapolation, LastValue, Learned, combine
 from harmonica.router import threshold_schedule
@@ -291,7 +299,7 @@ def test_held_out_seeds_are_sampled_as_fast_as_others(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "_compiled", lambda function: compiled.add(function) or function)
     compiled = set()
     learner = trainer(tmp_path).learner
-    assert compiled == {run_branches, add_gated}
+    assert compiled == {embed, run_branches, add_updates, head}
     compiled.clear()
     learner.values.held_out.uncached(learner.batches("train", 0, learner.samples))
     assert not compiled  # which is a graph by now
@@ -436,6 +444,15 @@ def test_the_closed_form_needs_no_updates(tmp_path, bundled_costs, objective):
         ({"coefficient_lr": 0.1}, "--coefficient-lr is for --predictor learned"),
         ({"coordinate": "step"}, "--coordinate is for a --predictor"),
         ({"fit": "least-squares"}, "--fit"),
+        (
+            {
+                "objective": "trajectory",
+                "predictor": "learned",
+                "fit": "least-squares",
+                "schedule_updates": 5,
+            },
+            "--schedule-updates is for .* --fit gradient",
+        ),
         ({"objective": "trajectory", "target_cur": 0.99}, "out of reach"),
     ],
 )

@@ -367,8 +367,8 @@ class TrainConfig(BackboneConfig):
             ),
             "coordinate": (self.predictor != "last", "a --predictor that forecasts"),
         }
-        defaults = {spec.name: spec.default for spec in fields(self) if spec.name in has_effect}
+        # Only these: the default of one that is read would change what others are by default.
+        unread = {name: reader for name, (is_read, reader) in has_effect.items() if not is_read}
+        defaults = {spec.name: spec.default for spec in fields(self) if spec.name in unread}
         for name in self._changed(replace(self, **defaults)):
-            is_read, reader = has_effect[name]
-            if not is_read:
-                raise HarmonicaError(f"{flag_of(name)} is for {reader}; drop it, or add that")
+            raise HarmonicaError(f"{flag_of(name)} is for {unread[name]}; drop it, or add that")
