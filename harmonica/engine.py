@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -32,10 +32,10 @@ from harmonica.schedule import Schedule
 from models.layers import gated
 from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
 
-# Values of reused branches that a compiled block adds to the stream before it reads it, at most,
-# and of how many of the rest a kernel is. Every number is a graph of its own; and a norm that reads
-# many is slow: with six values of forecasts, replay took longer on a GPU than with two.
+# Values of reused branches that a compiled block adds to the stream before it reads it, at most: a
+# norm that reads many is slow. With six of forecasts, replay took longer on a GPU than with two.
 ABSORBED = 3
+# Of how many branches a kernel of nothing but sums is; their values are no more than the first.
 ARITIES = (8, 4, 2, 1)
 # Compiled graphs of a function before torch refuses more: some batch sizes and precisions.
 GRAPHS = 256
@@ -46,7 +46,8 @@ class Acceleration:
     """How replay runs.
 
     Attributes:
-        compiles: fuse each block with torch.compile; takes a C++ compiler or Triton.
+        compiles: fuse blocks, embedding and head with torch.compile, which takes a C++ compiler or
+            Triton.
         captures: replay the whole trajectory as one CUDA graph.
     """
 
@@ -57,17 +58,33 @@ class Acceleration:
 EAGER = Acceleration()
 
 
-# What is added for a branch: gate (B, 1, d), where it has one; weight (1,) or (d,) in float32,
-# where values are forecasts; value (B, L, d).
-Update = tuple[Tensor | None, Tensor | None, Tensor]
+class Update(NamedTuple):
+    """What is added to the stream for a branch: the sum of gate * weight * value.
+
+    Attributes:
+        gate: (B, 1, d), or None for 1.
+        weights: of forecasts, (1,) or (d,) in float32, one per value; else empty for 1.
+        values: (B, L, d) each.
+    """
+
+    gate: Tensor | None
+    weights: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def kind(self) -> tuple[bool, int, int]:
+        """Updates of one kind differ in nothing that a graph is made for."""
+        return self.gate is not None, len(self.weights), len(self.values)
 
 
 def add_updates(x: Tensor, updates: list[Update]) -> Tensor:
-    """x + sum of gate * weight * value, in this order; what is None is 1."""
-    for gate, weight, value in updates:
-        if weight is not None:
-            gate = weight if gate is None else gate * weight
-        x = gated(x, gate, value)
+    """The stream x (B, L, d) with updates added in this order."""
+    for gate, weights, values in updates:
+        for k, value in enumerate(values):
+            factor = gate
+            if weights:
+                factor = weights[k] if gate is None else gate * weights[k]
+            x = gated(x, factor, value)
     return x
 
 
@@ -143,33 +160,26 @@ class Recipe:
         if schedule is not None:
             compute, predictor = schedule.compute, schedule.predictor
         self.plan = plan_replay(compute, names, predictor.depth, batch.model.joins)
-        self.absorbed = (
-            1 + ABSORBED * predictor.depth
-        )  # updates: also of a branch that was computed
+        # Updates that a compiled block takes in: one of a branch that was computed, and these.
+        self.absorbed = 1 + ABSORBED // predictor.depth
         device = batch.x_T.device
-        self._weights: dict[tuple[int, int], list[Tensor]] = {}
-        # Of a branch that is computed: as those of the others, so that graphs are of both.
-        self.unit: Tensor | None = None
-        if predictor == LAST:
-            return
-        for s, i in np.argwhere(~compute):
+        self._weights: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        for s, i in np.argwhere(~compute) if predictor != LAST else ():
             steps = sources(compute, s, i, predictor.depth)
             # Of one dimension at least: with none a gate would round them to its precision.
-            weights = [
+            self._weights[int(s), int(i)] = tuple(
                 torch.as_tensor(weight, dtype=torch.float32).reshape(-1).to(device)
                 for weight in predictor.weights(int(s), int(i), steps)
-            ]
-            self._weights[int(s), int(i)] = weights
-            self.unit = torch.ones_like(weights[0])
+            )
 
-    def weights(self, s: int, i: int, count: int) -> list[Tensor | None]:
-        """Of the values, so many, that stand in for branch i at evaluation s."""
-        return self._weights.get((s, i)) or [None] * count
+    def weights(self, s: int, i: int) -> tuple[Tensor, ...]:
+        """Of the values that stand in for branch i at evaluation s; none for last values."""
+        return self._weights.get((s, i), ())
 
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    """One graph per choice of branches or number of addends, and shape; shared by all blocks."""
+    """A graph per choice of branches, kinds of updates, and shape; shared by all blocks."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -178,6 +188,8 @@ def planned_cache_bytes(
     schedule: Schedule, model: DiffusionTransformer, size: tuple[int, int], rows: int
 ) -> int | None:
     """Most that replay keeps of branches at once; None where it reuses something else.
+
+    Values that are read for the last time are not counted: they stay until the stream is next read.
 
     Args:
         size: height and width of the latents.
@@ -207,6 +219,7 @@ class PlannedReplay:
         x, lacking = self._run(embed)(model, x, ends), []
         for operation in self.recipe.plan.steps[s]:
             if isinstance(operation, Compute):
+                x, lacking = self._within_reach(x, lacking, conditioning)
                 x, lacking = self._compute(s, operation, x, lacking, conditioning)
             elif isinstance(operation, Add):
                 lacking += self._reused(s, operation, conditioning)
@@ -232,28 +245,22 @@ class PlannedReplay:
         conditioning: Conditioning,
     ) -> tuple[Tensor, list[Update]]:
         """The stream after some branches, and what it lacks then."""
-        block, parts = (
-            self.batch.model.blocks[operation.block],
-            conditioning.blocks[operation.block],
-        )
+        block = self.batch.model.blocks[operation.block]
+        parts = conditioning.blocks[operation.block]
         which = tuple(k for _, k, _ in operation.branches)
-        x, lacking = self._within_reach(x, lacking, conditioning)
         x, values = self._run(run_branches)(block, which, x, lacking, parts)
         for (i, _, keeps), value in zip(operation.branches, values, strict=True):
             if keeps:
                 self.kept[i, s] = value
-        return x, [(parts[which[-1]].gate, self.recipe.unit, values[-1])]
+        return x, [Update(parts[which[-1]].gate, (), (values[-1],))]
 
     def _reused(self, s: int, operation: Add, conditioning: Conditioning) -> list[Update]:
         """What stands in for branches."""
         updates = []
         for i, block, k, steps in operation.branches:
-            gate, values = (
-                conditioning.blocks[block][k].gate,
-                [self.kept[i, step] for step in steps],
-            )
-            weights = self.recipe.weights(s, i, len(steps))
-            updates += [(gate, *pair) for pair in zip(weights, values, strict=True)]
+            values = tuple(self.kept[i, step] for step in steps)
+            gate = conditioning.blocks[block][k].gate
+            updates.append(Update(gate, self.recipe.weights(s, i), values))
         for place in operation.dropped:
             del self.kept[place]
         return updates
@@ -265,19 +272,20 @@ class PlannedReplay:
         if not self.compiles:
             return x, lacking
         has_gate, most = conditioning.blocks[0][0].gate is not None, self.recipe.absorbed
-        of_kind = [update for update in lacking if (update[0] is not None) is has_gate]
-        others = [update for update in lacking if (update[0] is not None) is not has_gate]
+        of_kind = [update for update in lacking if (update.gate is not None) is has_gate]
+        others = [update for update in lacking if (update.gate is not None) is not has_gate]
         return self._complete(x, others + of_kind[most:]), of_kind[:most]
 
     def _complete(self, x: Tensor, lacking: list[Update]) -> Tensor:
         """The stream that lacks nothing."""
         if not self.compiles:
             return add_updates(x, lacking)
-        # Those with a gate by themselves: every mixture would be a graph of its own.
-        for has_gate in (True, False):
-            rest = [update for update in lacking if (update[0] is not None) is has_gate]
+        # Each kind by itself: every mixture would be a graph of its own.
+        for kind in dict.fromkeys(update.kind for update in lacking):
+            rest = [update for update in lacking if update.kind == kind]
             while rest:
-                arity = next(n for n in ARITIES if n <= len(rest))
+                most = min(len(rest), ARITIES[0] // kind[-1])
+                arity = next(n for n in ARITIES if n <= most)
                 x = _compiled(add_updates)(x, rest[:arity])
                 rest = rest[arity:]
         return x

@@ -29,7 +29,9 @@ from harmonica.engine import (
     Engine,
     PlannedReplay,
     Recipe,
+    Update,
     add_updates,
+    head,
     planned_cache_bytes,
     run_branches,
 )
@@ -506,12 +508,14 @@ def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch)
 COMPILED = Acceleration(compiles=True)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 # Blocks with any consecutive branches of theirs, and the head, which add up to four last values, or
-# three of forecasts, before; the embedding; U-ViT's long skips; and sums of 8, 4, 2, 1, of branches
-# with a gate or, in PixArt besides, without.
+# what was computed and one forecast, of one or two values, or two at the beginning; the embedding;
+# U-ViT's long skips; and sums of 8, 4, 2, 1 with a gate or, in PixArt besides, without: of last
+# values, or of forecasts from one value, or (no 8) from two.
+SUMS = 4 + 4 + 3
 MOST_GRAPHS = {
-    "dit": (3 + 1) * (5 + 3) + 1 + 2 * 4,
-    "uvit": (3 + 1) * (5 + 3) + 2 + 2 * 4,
-    "pixart": (6 + 1) * (5 + 3) + 1 + 4 * 4,
+    "dit": (3 + 1) * (5 + 8) + 1 + SUMS,
+    "uvit": (3 + 1) * (5 + 8) + 2 + SUMS,
+    "pixart": (6 + 1) * (5 + 8) + 1 + 2 * SUMS,
 }
 
 
@@ -555,29 +559,38 @@ def test_replay_is_traced_whole_with_few_graphs(family, dtype, traced):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "has_gates"), [("pixart", True), ("uvit", False)])
-def test_what_is_compiled_adds_updates_of_one_kind(family, has_gates, monkeypatch):
-    """Every mixture would be a graph of its own, of which torch allows so many."""
+@pytest.mark.parametrize(
+    ("family", "has_gates"), [("dit", True), ("pixart", True), ("uvit", False)]
+)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_is_compiled_adds_few_updates_of_few_kinds(family, has_gates, depth, monkeypatch):
+    """Every number and mixture is a graph of its own, of which torch allows so many."""
     absorbed, added = [], []
 
     def noting(function):
         def run(*arguments):
-            if function is run_branches:
-                absorbed.append([gate is not None for gate, *_ in arguments[3]])
+            if function in (run_branches, head):
+                absorbed.append(arguments[{run_branches: 3, head: 2}[function]])
             if function is add_updates:
-                added.append([gate is not None for gate, *_ in arguments[1]])
+                added.append(arguments[1])
             return function(*arguments)
 
         return run
 
     monkeypatch.setattr(engine, "_compiled", noting)
     batch = tiny_trajectories(family)
+    steps = tuple(map(float, range(5)))
     for schedule in cases(family):
+        predictor = LAST if depth == 1 else Extrapolation(depth - 1, steps)
+        schedule = replace(schedule, predictor=predictor)
         eager = Engine(schedule)(batch)
         assert relative(Engine(schedule, COMPILED)(batch), eager) < 1e-6
-    assert {kind for kinds in absorbed for kind in kinds} == {has_gates}
-    assert all(len(set(kinds)) == 1 for kinds in added)
-    assert max(map(len, absorbed)) <= 1 + engine.ABSORBED and max(map(len, added)) > 1
+    assert all((update.gate is not None) is has_gates for taken in absorbed for update in taken)
+    most = max(map(len, absorbed))
+    assert most <= 1 + engine.ABSORBED // depth and (family == "uvit" or most > 1)
+    assert all(len({update.kind for update in together}) == 1 for together in added)
+    values = [sum(len(update.values) for update in together) for together in added]
+    assert 1 < max(values) <= engine.ARITIES[0]
 
 
 @pytest.mark.slow
@@ -625,11 +638,11 @@ def test_adding_in_groups_is_adding_one_by_one(golden_b: Golden, has_weights, mo
     """Eighteen branches, of which every sixth has no gate: in groups of 8, 4, 2 and 1 of a kind."""
     x, *values = torch.randn(19, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     gates = [None if k % 6 == 5 else value[:, :1].sin() for k, value in enumerate(values)]
-    weights = [torch.tensor([0.1 * k]) if has_weights else None for k in range(len(values))]
-    updates = list(zip(gates, weights, values, strict=True))
+    weights = [(torch.tensor([0.1 * k]),) if has_weights else () for k in range(len(values))]
+    updates = [Update(*parts) for parts in zip(gates, weights, zip(values), strict=True)]
     expected = x
-    for gate, weight, value in sorted(updates, key=lambda update: update[0] is None):
-        weight = torch.ones(1) if weight is None else weight
+    for gate, weights, (value,) in sorted(updates, key=lambda update: update.gate is None):
+        (weight,) = weights or (torch.ones(1),)
         expected = torch.addcmul(expected, weight if gate is None else gate * weight, value)
     groups = []
 
@@ -651,7 +664,7 @@ def test_running_some_branches_adds_what_the_stream_lacks_first(golden_b: Golden
     x = golden_b.model.embed(rows, batch.conditioning(0))
     before = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     complete = x + 0.5 * parts[1].gate * before
-    lacking = [(parts[1].gate, torch.tensor([0.5]), before)]
+    lacking = [Update(parts[1].gate, (torch.tensor([0.5]),), (before,))]
     after, (value,) = run_branches(block, (1,), x, lacking, parts)
     assert relative(value, block.mlp_update(complete, parts[1])) < 1e-5
     assert relative(after, complete) < 1e-6
