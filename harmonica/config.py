@@ -109,7 +109,7 @@ class BackboneConfig(Options):
         "a GPU",
     )
     compile: bool | None = option(
-        None, "run blocks compiled (needs a C++ compiler on a CPU); default: on a GPU"
+        None, "run the model compiled (needs a C++ compiler on a CPU); default: on a GPU"
     )
     cuda_graphs: bool | None = option(
         None, "sample whole trajectories as CUDA graphs; default: on a GPU"

@@ -35,11 +35,12 @@ from harmonica.schedule import Schedule
 from harmonica.timing import Timing, machine, seconds, timed
 
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
-# Kinds of kernels by what is in their names, the first that fits.
+# Kinds of kernels by what is in their names, the first that fits. On a CPU, where operators are
+# told apart, what is compiled has no name and is among the others.
 KINDS = {
     "fused by torch.compile": ("triton", "cpp_fused"),
     "attention": ("attention", "flash", "fmha", "sdpa"),
-    "matrix products": ("gemm", "gemv", "nvjet", "cutlass", "mm", "linear", "conv"),
+    "matrix products": ("gemm", "gemv", "nvjet", "cutlass", "addmm", "bmm", "::mm", "convolution"),
 }
 
 
@@ -120,15 +121,13 @@ def kind_of(kernel: str) -> str:
 def profiles(device: torch.device, runs: dict[str, Callable[[], object]]) -> dict[str, dict]:
     """Seconds of kernels by kind for every run, after those runs have warmed up."""
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
-    found = {}
+    found, on_gpu = {}, device.type == "cuda"
     for name, run in runs.items():
         with profile(activities=activities) as profiled:
             seconds(run, device)
         taken: dict[str, float] = dict.fromkeys([*KINDS, "others"], 0.0)
         for event in profiled.key_averages():
-            on_gpu = (
-                device.type == "cuda"
-            )  # where calls that launch or wait for kernels are left out
+            # On a GPU without the calls that start kernels or wait for them.
             time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             taken[kind_of(event.key)] += time / 1e6
         found[f"profile_{name}"] = taken

@@ -26,8 +26,9 @@ from harmonica.comparison.config import DEFAULT_METHODS, LEARNED, TRAINED, Cell,
 from harmonica.comparison.routers import Routers
 from harmonica.comparison.run import Comparison
 from harmonica.comparison.table import markdown, overview
-from harmonica.errors import HarmonicaError, HarmonicaWarning, Interrupted
+from harmonica.errors import HarmonicaError, HarmonicaWarning, Interrupted, OutOfReach
 from harmonica.image_error import readable
+from harmonica.lock import held
 from harmonica.options import build_parser, resolve
 from harmonica.router_file import load_router
 from harmonica.training.config import ROWS
@@ -379,8 +380,9 @@ def while_training(folder: Path, act: Callable[[int], None]) -> Iterator[None]:
         while not ended.wait(0.01):
             for run in runs_of(folder):
                 lock = folder / "jobs" / f"router_{run.parent.name}.lock"
-                if not (run / "router.safetensors").exists() and lock.is_file():
-                    act(int(lock.read_text().split()[1]))
+                signed = lock.read_text().split() if lock.is_file() else []
+                if not (run / "router.safetensors").exists() and signed:
+                    act(int(signed[1]))
                     acted.append(run)
                     return
 
@@ -419,8 +421,7 @@ def test_processes_give_what_one_gives(tmp_path, few_held_out):
     )  # fmt: skip
     Comparison(config).run()
     several = replace(config, jobs=2, out=tmp_path / "several")
-    table = Comparison(several).run()
-    assert "seconds with up to 2 processes side by side" in table
+    Comparison(several).run()
     one, other = by_place(config.out), by_place(several.out)
     assert one.keys() == other.keys() and len(one) == 1 + 2 * len(methods)
     for place, expected in one.items():
@@ -478,8 +479,11 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
         "--out", out,
     ]  # fmt: skip
     main = subprocess.Popen(list(map(str, command)), cwd=tmp_path)
-    with while_training(out, lambda _: main.kill()):
-        main.wait(timeout=120)
+    try:
+        with while_training(out, lambda _: main.kill()):
+            main.wait(timeout=120)
+    finally:
+        main.kill()
     end = time.monotonic() + 30
     while processes_with(str(out)):
         assert time.monotonic() < end, "a process outlived the one that started it"
@@ -501,6 +505,66 @@ def test_what_a_process_refuses_is_repeated(finished):
 def test_nothing_is_started_for_what_is_finished(finished, monkeypatch):
     monkeypatch.setattr("harmonica.comparison.jobs._start", None)
     Comparison(replace(finished, jobs=2)).run()
+
+
+def piece(name: str, done: list[str], after: str | None = None, error: Exception | None = None):
+    """One that notes that it was done, or raises."""
+
+    def finish() -> None:
+        if error is not None:
+            raise error
+        done.append(name)
+
+    return jobs.Piece(name, lambda: name in done, finish, after)
+
+
+def test_what_is_refused_stops_only_what_waits_for_it(tmp_path, capsys):
+    (tmp_path / "jobs").mkdir()
+    done: list[str] = []
+    refused = HarmonicaError("not finite")
+    pieces = [
+        piece("images", done, after="refined"), piece("refined", done, after="router"),
+        piece("router", done, error=refused), piece("other", done),
+        piece("far", done, error=OutOfReach("no setting")), piece("last", done, after="other"),
+    ]  # fmt: skip
+    with pytest.raises(HarmonicaError, match="not finite"):
+        jobs.finish_all(pieces, tmp_path)
+    assert done == ["other", "last"] and "router: not finite" in capsys.readouterr().err
+    # What is out of reach stays settled, and so is nothing to start a process for.
+    jobs.side_by_side([piece("far", done), piece("other", done)], 2, tmp_path)
+    assert done == ["other", "last"]
+
+
+def test_a_piece_is_done_by_one_process(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    done: list[str] = []
+    first, second = piece("first", done), piece("second", done)
+    with (
+        held(tmp_path / "jobs" / "first.lock", "--out"),
+        jobs._begun([first, second], tmp_path / "jobs") as begun,
+    ):
+        assert begun is second
+        with jobs._begun([first, second], tmp_path / "jobs") as other:
+            assert other is None
+
+
+def test_a_signal_that_ended_the_others_is_not_swallowed(tmp_path, monkeypatch):
+    """All processes of a batch job may have it at once."""
+
+    def start(out, log, environment):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"])
+
+    monkeypatch.setattr(jobs, "_start", start)
+    with pytest.raises(Interrupted):
+        jobs.side_by_side([piece("one", [])], 1, tmp_path)
+
+
+def test_a_folder_is_of_one_call_at_a_time(finished):
+    config = (finished.out / "config.yaml").read_bytes()
+    with held(finished.out / ".lock", "--out"), pytest.raises(HarmonicaError, match="in use by"):
+        Comparison(replace(finished, speedups=(1.2,))).run()
+    assert (finished.out / "config.yaml").read_bytes() == config
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from harmonica.errors import HarmonicaWarning, Interrupted, OutOfReach
+from harmonica.errors import HarmonicaError, HarmonicaWarning, Interrupted, OutOfReach
 from harmonica.interruption import GRACE_S, Interruption
 from harmonica.lock import held_if_free
 from harmonica.output import make_folder
@@ -53,7 +53,8 @@ def side_by_side(pieces: list[Piece], jobs: int, out: Path) -> None:
     Raises:
         Interrupted: a signal came; no process is left, and the same call goes on.
     """
-    lacking, folder = [piece for piece in pieces if not piece.is_finished()], out / "jobs"
+    folder = out / "jobs"
+    lacking = [piece for piece in pieces if not _is_settled(piece, folder)]
     make_folder(folder)
     with (
         Interruption() as interruption,
@@ -66,18 +67,28 @@ def side_by_side(pieces: list[Piece], jobs: int, out: Path) -> None:
             log = folder / f"{number}.log"
             running[log] = _start(out, log, _environment(number, jobs))
         while running:
-            if interruption.signal is not None:
+            time.sleep(PAUSE_S)
+            ended = [log for log, process in running.items() if process.poll() is not None]
+            if interruption.signal is not None:  # the others may have had it, and have not failed
                 standing = "what is finished is kept: the same command goes on"
                 raise Interrupted(interruption.signal, standing)
-            time.sleep(PAUSE_S)
-            for log in [log for log, process in running.items() if process.poll() is not None]:
+            for log in ended:
                 status = running.pop(log).returncode
                 if status:
                     with bar.external_write_mode():
                         _say_failed(log, status)
-            still = [piece for piece in lacking if not piece.is_finished()]
+            still = [piece for piece in lacking if not _is_settled(piece, folder)]
             bar.update(len(lacking) - len(still))
             lacking = still
+
+
+def _is_settled(piece: Piece, folder: Path) -> bool:
+    return piece.is_finished() or _out_of_reach(piece, folder).exists()
+
+
+def _out_of_reach(piece: Piece, folder: Path) -> Path:
+    """The mark of a piece that no setting comes near to: nothing of it will ever be finished."""
+    return folder / f"{piece.name}.out-of-reach"
 
 
 def _environment(number: int, jobs: int) -> dict[str, str]:
@@ -108,7 +119,7 @@ def _start(out: Path, log: Path, environment: dict[str, str]) -> subprocess.Pope
         )
 
 
-def _end(processes: Iterable[subprocess.Popen]) -> None:
+def _end(processes: Collection[subprocess.Popen]) -> None:
     """End jobs that run: a training writes its checkpoint first."""
     for process in processes:
         process.terminate()
@@ -128,7 +139,7 @@ def _say_failed(log: Path, status: int) -> None:
     said = log.read_text(errors="replace").strip().splitlines()
     last = f" ({said[-1].strip()})" if said and status > 0 else ""
     warnings.warn(
-        f"a job ended {how}{last}, see {log}; what it left goes on without it",
+        f"a job ended {how}{last}, see {log}; what it left is for the others, or for the end",
         HarmonicaWarning,
         stacklevel=3,
     )
@@ -137,31 +148,51 @@ def _say_failed(log: Path, status: int) -> None:
 # A job.
 
 
-def finish_all(pieces: list[Piece], folder: Path) -> None:
-    """Do, of the pieces of the comparison in a folder, what no other process does."""
-    lacking = list(pieces)
-    while lacking:
-        finished = _finish_one(lacking, folder)
-        if finished is None:
-            time.sleep(PAUSE_S)
-        else:
-            lacking.remove(finished)
+def finish_all(pieces: list[Piece], out: Path) -> None:
+    """Do, of the pieces of the comparison in a folder, what no other process does.
 
-
-def _finish_one(lacking: list[Piece], folder: Path) -> Piece | None:
-    """The first piece that can be begun and that nobody else has, once it is finished; None if
-    there is none.
+    Raises:
+        HarmonicaError: of a piece, after all others but those that wait for it.
     """
-    names = {piece.name for piece in lacking}
-    for piece in lacking:
-        if piece.after in names:
-            continue
-        lock = folder / "jobs" / f"{piece.name}.lock"
-        with held_if_free(lock, f"--out {folder}") as is_mine:
-            if not is_mine:
+    lacking, refusal = list(pieces), None
+    while lacking:
+        with _begun(lacking, out / "jobs") as piece:
+            if piece is None:
+                time.sleep(PAUSE_S)
                 continue
-            if not piece.is_finished():
-                with contextlib.suppress(OutOfReach):  # the main process meets it again
-                    piece.finish()
-            return piece
-    return None
+            try:
+                _finish(piece, out / "jobs")
+                lacking.remove(piece)
+            except HarmonicaError as error:
+                print(f"{piece.name}: {error}", file=sys.stderr)
+                lacking, refusal = _without(lacking, piece), error
+    if refusal is not None:
+        raise refusal
+
+
+@contextlib.contextmanager
+def _begun(lacking: list[Piece], folder: Path) -> Iterator[Piece | None]:
+    """The first piece that can be begun and that nobody else has, held; None if there is none."""
+    names = {piece.name for piece in lacking}
+    with contextlib.ExitStack() as locks:
+        for piece in lacking:
+            lock = held_if_free(folder / f"{piece.name}.lock", f"--out {folder.parent}")
+            if piece.after not in names and locks.enter_context(lock):
+                yield piece
+                return
+        yield None
+
+
+def _finish(piece: Piece, folder: Path) -> None:
+    if not _is_settled(piece, folder):
+        try:
+            piece.finish()
+        except OutOfReach:  # the main process meets it again
+            _out_of_reach(piece, folder).touch()
+
+
+def _without(lacking: list[Piece], piece: Piece) -> list[Piece]:
+    """Without one, and without what waits for it."""
+    for other in [other for other in lacking if other.after == piece.name]:
+        lacking = _without(lacking, other)
+    return [other for other in lacking if other is not piece]

@@ -33,7 +33,7 @@ from harmonica.evaluation import measure_reference
 from harmonica.files import read_json, read_safetensors, read_yaml, write_atomically
 from harmonica.image_error import ImageError
 from harmonica.labelled_images import LabelledImages
-from harmonica.lock import held_in_turn
+from harmonica.lock import held, held_in_turn
 from harmonica.metrics.extractor import Extractor, load_extractor
 from harmonica.metrics.instruments import bundled_size, check_size, suitable_extractor
 from harmonica.metrics.reference import Reference, open_reference
@@ -52,6 +52,7 @@ TOLERANCE = 0.15
 TIMED_BATCH = {"cpu": 8, "cuda": 64}
 UNCACHED_SETS = 3  # of images whose scores show how much chance is in them
 REPORT = "comparison.json"
+LOCK = ".lock"  # of the folder: two would measure the same and write over each other's options
 
 
 class Comparison:
@@ -77,8 +78,13 @@ class Comparison:
         provenance = self._provenance()
         if "learning-to-cache" in self.config.methods and self._has_labelled_images:
             LabelledImages(self.config.data, self.backbone.image_size)
-        self._claim_folder("config.yaml", plain(self.config), self.config.FREE)
-        self._claim_folder("provenance.yaml", provenance, set())
+        self._check_folder()
+        with held(self.config.out / LOCK, f"--out {self.config.out}"):
+            self._claim("config.yaml", plain(self.config), self.config.FREE)
+            self._claim("provenance.yaml", provenance, set())
+            return self._measure_all(provenance)
+
+    def _measure_all(self, provenance: dict) -> str:
         if self.config.jobs > 1:
             side_by_side(self.pieces(), self.config.jobs, self.config.out)
         # What is left: times, which are of one process alone, and all that others did not finish.
@@ -165,16 +171,25 @@ class Comparison:
             "captures": self.backbone.how.captures,
         }
 
-    def _claim_folder(self, name: str, values: dict, free: set[str]) -> None:
+    def _check_folder(self) -> None:
+        """Make the folder, unless it is there.
+
+        Raises:
+            HarmonicaError: it is not a comparison's.
+        """
+        out = self.config.out
+        make_folder(out)
+        is_ours = (out / "config.yaml").is_file()
+        if not is_ours and any(path.name != LOCK for path in out.iterdir()):
+            raise HarmonicaError(f"--out {out} is no folder of a comparison; pass another")
+
+    def _claim(self, name: str, values: dict, free: set[str]) -> None:
         """Keep cells of one configuration together: what is not ``free`` must not change.
 
         Raises:
-            HarmonicaError: it did, or the folder holds something else.
+            HarmonicaError: it did.
         """
         path, out = self.config.out / name, self.config.out
-        is_ours = (out / "config.yaml").is_file()
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_ours)):
-            raise HarmonicaError(f"--out {out} is no folder of a comparison; pass another")
         if path.is_file():
             earlier = read_yaml(path)
             if not isinstance(earlier, dict):
@@ -189,8 +204,6 @@ class Comparison:
 
     def _footer(self, results: list[dict]) -> str:
         config, device = self.config, self.device.type
-        jobs = max(result.get("training", {}).get("jobs", 1) for result in results)
-        beside = f", seconds with up to {jobs} processes side by side" if jobs > 1 else ""
         methods = {result["method"] for result in results}
         once = ", ".join(name for name in TRAINED if name in methods)
         shared = f", once for all levels for {once}" if once else ""
@@ -201,7 +214,8 @@ class Comparison:
             f"distances, of which the uncached run makes {UNCACHED_SETS} sets; exact: DDIM with "
             f"{config.exact_steps} steps; time of a batch of {TIMED_BATCH[device]} against the "
             f"uncached one in the same run, {torch.get_num_threads()} threads on {device}; "
-            f"training: evaluations of the model on one sample, and seconds{shared}{beside}"
+            f"training: evaluations of the model on one sample, and seconds{shared}, which with "
+            "--jobs are more than alone"
         )
 
     # Plans.
@@ -293,9 +307,7 @@ class Comparison:
             ]
             result["scores_of_other_images"] = [other["scores"] for other in others]
         if cell.method in LEARNED:
-            effort = asdict(self.routers.run(cell).effort())
-            # Seconds beside other processes are more than alone.
-            result["training"] = {**effort, "jobs": self.config.jobs}
+            result["training"] = asdict(self.routers.run(cell).effort())
         return result
 
     def _latents(self, cell: Cell, plan: Plan) -> Tensor:
