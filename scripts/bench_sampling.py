@@ -8,6 +8,7 @@ decoding an image. With --profile also where the time of a batch of either kind 
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -120,6 +121,7 @@ def kind_of(kernel: str) -> str:
 
 def profiles(device: torch.device, runs: dict[str, Callable[[], object]]) -> dict[str, dict]:
     """Seconds of kernels by kind for every run, after those runs have warmed up."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would speak of GPUs that are not there
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
     found, on_gpu = {}, device.type == "cuda"
     for name, run in runs.items():

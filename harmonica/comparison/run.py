@@ -178,9 +178,10 @@ class Comparison:
             HarmonicaError: it is not a comparison's.
         """
         out = self.config.out
-        make_folder(out)
+        if not out.is_file():
+            make_folder(out)
         is_ours = (out / "config.yaml").is_file()
-        if not is_ours and any(path.name != LOCK for path in out.iterdir()):
+        if out.is_file() or (not is_ours and any(path.name != LOCK for path in out.iterdir())):
             raise HarmonicaError(f"--out {out} is no folder of a comparison; pass another")
 
     def _claim(self, name: str, values: dict, free: set[str]) -> None:
