@@ -47,7 +47,7 @@ def test_every_method_in_one_comparison(tmp_path, labelled_images):
     out = tmp_path / "out"
     done = run_command(
         "scripts/compare.py", "--quick", "--num-sampling-steps", "4", "--num-images", "150",
-        "--num-paired", "4", "--exact-steps", "8", "--train-updates", "6", "--seeds", "0", "1",
+        "--num-paired", "4", "--exact-steps", "8", "--train-updates", "6", "--seeds", "0",
         "--trajectory-updates", "1",
         "--speedups", "1.5", "--data", labelled_images, "--out", out, cwd=tmp_path,
     )  # fmt: skip
@@ -62,9 +62,8 @@ def test_every_method_in_one_comparison(tmp_path, labelled_images):
         if result["method"] != "uncached":
             assert 1.5 * 0.85 < result["theoretical_speedup"] < 1.5 * 1.15
             assert result["against_exact"]["mse_mean"] > 0
-    first = [result for result in results if result["seed"] == 0]
     assert all(result["scores"]["FID-cifar"] > 0 for result in results)
-    assert all(result["measured_speedup"]["ratio"] > 0 for result in first)
+    assert all(result["measured_speedup"]["ratio"] > 0 for result in results)
     table = (out / "table.md").read_text()
     assert table in done.stdout and all(f"| {method} |" in table for method in seen)
     assert report["weights_hash"] in done.stdout
