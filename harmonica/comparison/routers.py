@@ -56,7 +56,8 @@ class Routers:
 
         One that was cut short goes on. One with other options stays as it is, beside a new one.
         """
-        config, known = self._training(cell), self._known(cell)
+        config = self._training(cell)
+        known = self._known(config)
         if known is not None and known.router.is_file():
             return known
         schedule = config.freeze_schedule
@@ -74,12 +75,11 @@ class Routers:
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether that run is."""
-        known = self._known(cell)
+        known = self._known(self._training(cell))
         return known is not None and known.router.is_file()
 
-    def _known(self, cell: Cell) -> RunDirectory | None:
-        """That run, as far as it has come."""
-        config = self._training(cell)
+    def _known(self, config: TrainConfig) -> RunDirectory | None:
+        """The run with these options, as far as it has come."""
         return RunDirectory.newest_like(config.results_dir, config, self.backbone.weights_hash)
 
     @staticmethod
