@@ -25,16 +25,16 @@ from harmonica.denoise import Trajectories, precision_of
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import first_line
 from harmonica.memory import is_out_of_memory
-from harmonica.predictors import LAST
-from harmonica.replay_plan import Add, Compute, Join, plan_replay, sources
+from harmonica.predictors import LAST, Predictor
+from harmonica.replay_plan import Add, Compute, Join, plan_replay
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
 from models.layers import gated
 from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
 
-# Values of reused branches that a compiled block adds to the stream before it reads it, at most: a
-# norm that reads many is slow. With six of forecasts, replay took longer on a GPU than with two.
-ABSORBED = 3
+# Updates that a compiled block adds to the stream before it reads it, at most: one of a branch that
+# was computed, and three of reused ones. Every number is a graph of its own.
+ABSORBED = 4
 # Of how many branches a kernel of nothing but sums is; their values are no more than the first.
 ARITIES = (8, 4, 2, 1)
 # Compiled graphs of a function before torch refuses more: some batch sizes and precisions.
@@ -59,31 +59,31 @@ EAGER = Acceleration()
 
 
 class Update(NamedTuple):
-    """What is added to the stream for a branch: the sum of gate * weight * value.
+    """What is added to the stream for a branch: the sum of factor * value.
 
     Attributes:
-        gate: (B, 1, d), or None for 1.
-        weights: of forecasts, (1,) or (d,) in float32, one per value; else empty for 1.
         values: (B, L, d) each.
+        factors: of each: (B, 1, d) gates, maybe with weights folded in, or weights (1,) or (d,)
+            alone, or None for 1.
     """
 
-    gate: Tensor | None
-    weights: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    factors: tuple[Tensor | None, ...]
 
     @property
-    def kind(self) -> tuple[bool, int, int]:
+    def is_gated(self) -> bool:
+        return self.factors[0] is not None and self.factors[0].ndim == 3
+
+    @property
+    def kind(self) -> tuple:
         """Updates of one kind differ in nothing that a graph is made for."""
-        return self.gate is not None, len(self.weights), len(self.values)
+        return len(self.values), *(f if f is None else (f.dtype, f.stride()) for f in self.factors)
 
 
 def add_updates(x: Tensor, updates: list[Update]) -> Tensor:
     """The stream x (B, L, d) with updates added in this order."""
-    for gate, weights, values in updates:
-        for k, value in enumerate(values):
-            factor = gate
-            if weights:
-                factor = weights[k] if gate is None else gate * weights[k]
+    for values, factors in updates:
+        for value, factor in zip(values, factors, strict=True):
             x = gated(x, factor, value)
     return x
 
@@ -160,21 +160,40 @@ class Recipe:
         if schedule is not None:
             compute, predictor = schedule.compute, schedule.predictor
         self.plan = plan_replay(compute, names, predictor.depth, batch.model.joins)
-        # Updates that a compiled block takes in: one of a branch that was computed, and these.
-        self.absorbed = 1 + ABSORBED // predictor.depth
-        device = batch.x_T.device
-        self._weights: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        for s, i in np.argwhere(~compute) if predictor != LAST else ():
-            steps = sources(compute, s, i, predictor.depth)
-            # Of one dimension at least: with none a gate would round them to its precision.
-            self._weights[int(s), int(i)] = tuple(
-                torch.as_tensor(weight, dtype=torch.float32).reshape(-1).to(device)
-                for weight in predictor.weights(int(s), int(i), steps)
-            )
+        self._reused = [
+            [branch for part in step if isinstance(part, Add) for branch in part.branches]
+            for step in self.plan.steps
+        ]
+        self._weights: dict[int, Tensor] = {}  # evaluation to (N, depth, 1 or d)
+        for s, reused in enumerate(self._reused):
+            if reused and predictor != LAST:
+                weights = [_weights(predictor, s, i, steps) for i, _, _, steps in reused]
+                self._weights[s] = torch.stack(weights).to(batch.x_T.device)
 
-    def weights(self, s: int, i: int) -> tuple[Tensor, ...]:
-        """Of the values that stand in for branch i at evaluation s; none for last values."""
-        return self._weights.get((s, i), ())
+    def factors(self, s: int, conditioning: Conditioning) -> dict[int, tuple[Tensor | None, ...]]:
+        """What the values of branches that evaluation s reuses are multiplied with, by branch.
+
+        Weights are folded into gates for all of them at once, in float32: what stands in for a
+        branch is then one pass over its values.
+        """
+        gates = {i: conditioning.blocks[block][k].gate for i, block, k, _ in self._reused[s]}
+        if s not in self._weights:
+            return {i: (gate,) for i, gate in gates.items()}
+        factors, a_gate = self._weights[s], next(filter(torch.is_tensor, gates.values()), None)
+        if a_gate is not None:
+            one = torch.ones_like(a_gate)
+            every = torch.stack([one if gate is None else gate for gate in gates.values()])
+            factors = every[:, None] * factors[:, :, None, None]  # (N, depth, B, 1, d)
+        return {i: tuple(of_branch) for i, of_branch in zip(gates, factors, strict=True)}
+
+
+def _weights(predictor: Predictor, s: int, i: int, steps: tuple[int, ...]) -> Tensor:
+    """(depth, 1 or d): where there are fewer values, nothing is multiplied with the zeros."""
+    weights = [
+        torch.as_tensor(weight, dtype=torch.float32).reshape(-1)
+        for weight in predictor.weights(s, i, steps)
+    ]
+    return torch.stack(weights + [torch.zeros_like(weights[0])] * (predictor.depth - len(weights)))
 
 
 @cache
@@ -216,13 +235,14 @@ class PlannedReplay:
     def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
         model, size, ends = self.batch.model, x.shape[-2:], conditioning.ends
         skips: dict[int, Tensor] = {}
+        factors = self.recipe.factors(s, conditioning)
         x, lacking = self._run(embed)(model, x, ends), []
         for operation in self.recipe.plan.steps[s]:
             if isinstance(operation, Compute):
                 x, lacking = self._within_reach(x, lacking, conditioning)
                 x, lacking = self._compute(s, operation, x, lacking, conditioning)
             elif isinstance(operation, Add):
-                lacking += self._reused(s, operation, conditioning)
+                lacking += self._reused(operation, factors)
             else:
                 x, lacking = self._complete(x, lacking), []
                 if isinstance(operation, Join):
@@ -252,15 +272,16 @@ class PlannedReplay:
         for (i, _, keeps), value in zip(operation.branches, values, strict=True):
             if keeps:
                 self.kept[i, s] = value
-        return x, [Update(parts[which[-1]].gate, (), (values[-1],))]
+        return x, [Update((values[-1],), (parts[which[-1]].gate,))]
 
-    def _reused(self, s: int, operation: Add, conditioning: Conditioning) -> list[Update]:
+    def _reused(
+        self, operation: Add, factors: dict[int, tuple[Tensor | None, ...]]
+    ) -> list[Update]:
         """What stands in for branches."""
         updates = []
-        for i, block, k, steps in operation.branches:
+        for i, _, _, steps in operation.branches:
             values = tuple(self.kept[i, step] for step in steps)
-            gate = conditioning.blocks[block][k].gate
-            updates.append(Update(gate, self.recipe.weights(s, i), values))
+            updates.append(Update(values, factors[i][: len(values)]))
         for place in operation.dropped:
             del self.kept[place]
         return updates
@@ -271,10 +292,10 @@ class PlannedReplay:
         """The stream, and what it lacks: of the model's kind and no more than a graph adds."""
         if not self.compiles:
             return x, lacking
-        has_gate, most = conditioning.blocks[0][0].gate is not None, self.recipe.absorbed
-        of_kind = [update for update in lacking if (update.gate is not None) is has_gate]
-        others = [update for update in lacking if (update.gate is not None) is not has_gate]
-        return self._complete(x, others + of_kind[most:]), of_kind[:most]
+        has_gate = conditioning.blocks[0][0].gate is not None
+        of_kind = [update for update in lacking if update.is_gated is has_gate]
+        others = [update for update in lacking if update.is_gated is not has_gate]
+        return self._complete(x, others + of_kind[ABSORBED:]), of_kind[:ABSORBED]
 
     def _complete(self, x: Tensor, lacking: list[Update]) -> Tensor:
         """The stream that lacks nothing."""
@@ -284,7 +305,7 @@ class PlannedReplay:
         for kind in dict.fromkeys(update.kind for update in lacking):
             rest = [update for update in lacking if update.kind == kind]
             while rest:
-                most = min(len(rest), ARITIES[0] // kind[-1])
+                most = min(len(rest), ARITIES[0] // kind[0])
                 arity = next(n for n in ARITIES if n <= most)
                 x = _compiled(add_updates)(x, rest[:arity])
                 rest = rest[arity:]
