@@ -150,22 +150,27 @@ class Trajectories:
         return len(self.sampler.timesteps)
 
     def conditioning(self, s: int) -> Conditioning:
-        """Of evaluation s. It does not depend on x: as many steps as memory is granted for are
-        computed in one pass.
+        """Of evaluation s."""
+        return self.window(s)[s]
+
+    def window(self, s: int) -> dict[int, Conditioning]:
+        """Of evaluation s and its neighbours, by evaluation.
+
+        It does not depend on x: as many steps as memory is granted for are computed in one pass.
         """
         numbers = len(self.y) * self.guidance.halves * self.model.conditioning_size
-        window = max(1, CONDITIONING_BYTES // (numbers * precision_of(self.model).itemsize))
-        window = min(window, self.steps_ahead)
-        first = s // window * window
-        if first not in self._conditioned:
-            self._conditioned.clear()
-            steps = range(first, min(first + window, self.num_steps))
-            self._conditioned[first] = self._condition(steps)
-        return self._conditioned[first][s - first]
+        size = max(1, CONDITIONING_BYTES // (numbers * precision_of(self.model).itemsize))
+        size = min(size, self.steps_ahead)
+        first = s // size * size
+        if first not in self._windows:
+            self._windows.clear()
+            steps = range(first, min(first + size, self.num_steps))
+            self._windows[first] = dict(zip(steps, self._condition(steps), strict=True))
+        return self._windows[first]
 
     @cached_property
-    def _conditioned(self) -> dict[int, list[Conditioning]]:
-        """The window of steps at hand, by its first step."""
+    def _windows(self) -> dict[int, dict[int, Conditioning]]:
+        """The one at hand, by its first step."""
         return {}
 
     @cached_property

@@ -58,6 +58,10 @@ class Acceleration:
 EAGER = Acceleration()
 
 
+# What the values of a reused branch are multiplied with, by (evaluation, branch).
+Factors = dict[tuple[int, int], tuple[Tensor | None, ...]]
+
+
 class Update(NamedTuple):
     """What is added to the stream for a branch: the sum of factor * value.
 
@@ -170,25 +174,31 @@ class Recipe:
                 weights = [_weights(predictor, s, i, steps) for i, _, _, steps in reused]
                 self._weights[s] = torch.stack(weights).to(batch.x_T.device)
 
-    def factors(self, s: int, conditioning: Conditioning) -> dict[int, tuple[Tensor | None, ...]]:
-        """What the values of branches that evaluation s reuses are multiplied with, by branch.
+    def factors(self, window: dict[int, Conditioning]) -> Factors:
+        """Of all branches that are reused at the evaluations whose conditioning this is.
 
         Weights are folded into gates for all of them at once, in float32: what stands in for a
         branch is then one pass over its values.
         """
-        gates = {i: conditioning.blocks[block][k].gate for i, block, k, _ in self._reused[s]}
-        if s not in self._weights:
-            return {i: (gate,) for i, gate in gates.items()}
-        factors, a_gate = self._weights[s], next(filter(torch.is_tensor, gates.values()), None)
-        if a_gate is not None:
-            one = torch.ones_like(a_gate)
+        gates = {
+            (s, i): conditioning.blocks[block][k].gate
+            for s, conditioning in window.items()
+            for i, block, k, _ in self._reused[s]
+        }
+        weights = [self._weights[s] for s in window if s in self._weights]
+        if not weights:
+            return {place: (gate,) for place, gate in gates.items()}
+        folded = torch.cat(weights)
+        present = [gate for gate in gates.values() if gate is not None]
+        if present:
+            one = torch.ones_like(present[0]) if len(present) < len(gates) else None
             every = torch.stack([one if gate is None else gate for gate in gates.values()])
-            factors = every[:, None] * factors[:, :, None, None]  # (N, depth, B, 1, d)
-        return {i: tuple(of_branch) for i, of_branch in zip(gates, factors, strict=True)}
+            folded = every[:, None] * folded[:, :, None, None]  # (N, depth, B, 1, d)
+        return {place: tuple(factors) for place, factors in zip(gates, folded, strict=True)}
 
 
 def _weights(predictor: Predictor, s: int, i: int, steps: tuple[int, ...]) -> Tensor:
-    """(depth, 1 or d): where there are fewer values, nothing is multiplied with the zeros."""
+    """(depth, 1 or d), zeros where there are fewer values."""
     weights = [
         torch.as_tensor(weight, dtype=torch.float32).reshape(-1)
         for weight in predictor.weights(s, i, steps)
@@ -227,6 +237,7 @@ class PlannedReplay:
     def __init__(self, batch: Trajectories, recipe: Recipe, how: Acceleration):
         self.batch, self.recipe, self.compiles = batch, recipe, how.compiles
         self.kept: dict[tuple[int, int], Tensor] = {}  # (branch, step it was computed at)
+        self._factors: Factors = {}  # each until it is read, which is once
 
     def predict(self, s: int, x: Tensor) -> Tensor:
         """Guided output of evaluation s."""
@@ -235,14 +246,13 @@ class PlannedReplay:
     def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
         model, size, ends = self.batch.model, x.shape[-2:], conditioning.ends
         skips: dict[int, Tensor] = {}
-        factors = self.recipe.factors(s, conditioning)
         x, lacking = self._run(embed)(model, x, ends), []
         for operation in self.recipe.plan.steps[s]:
             if isinstance(operation, Compute):
                 x, lacking = self._within_reach(x, lacking, conditioning)
                 x, lacking = self._compute(s, operation, x, lacking, conditioning)
             elif isinstance(operation, Add):
-                lacking += self._reused(operation, factors)
+                lacking += self._reused(s, operation)
             else:
                 x, lacking = self._complete(x, lacking), []
                 if isinstance(operation, Join):
@@ -274,14 +284,17 @@ class PlannedReplay:
                 self.kept[i, s] = value
         return x, [Update((values[-1],), (parts[which[-1]].gate,))]
 
-    def _reused(
-        self, operation: Add, factors: dict[int, tuple[Tensor | None, ...]]
-    ) -> list[Update]:
+    def _reused(self, s: int, operation: Add) -> list[Update]:
         """What stands in for branches."""
         updates = []
         for i, _, _, steps in operation.branches:
-            values = tuple(self.kept[i, step] for step in steps)
-            updates.append(Update(values, factors[i][: len(values)]))
+            if (s, i) not in self._factors:
+                self._factors = self.recipe.factors(self.batch.window(s))
+            factors = self._factors.pop((s, i))
+            values = [self.kept[i, step] for step in steps]
+            # Of one kind, whose mixtures would be graphs of their own: what lacks is times zero.
+            values += values[-1:] * (len(factors) - len(values))
+            updates.append(Update(tuple(values), factors))
         for place in operation.dropped:
             del self.kept[place]
         return updates

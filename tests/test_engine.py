@@ -190,10 +190,16 @@ def test_what_reuses_whole_blocks_keeps_no_branches(golden_b: Golden):
 
 
 @torch.no_grad()
-def test_conditioning_is_made_once_a_trajectory_or_a_window(golden_b: Golden, monkeypatch):
+@pytest.mark.parametrize("forecasts", [False, True])
+def test_conditioning_is_made_once_a_trajectory_or_a_window(
+    golden_b: Golden, forecasts, monkeypatch
+):
     batch, schedule = golden_b.trajectories(), schedules(golden_b)[2]
     kind, counts = type(golden_b.model), []
     condition, steps = kind.condition, golden_b.num_steps
+    if forecasts:
+        line = Extrapolation(1, tuple(map(float, range(steps))))
+        schedule = replace(schedule, predictor=line)
 
     def counting(model, t, context):
         counts.append(len(t))
@@ -508,14 +514,13 @@ def test_without_a_graph_sampling_goes_on(golden_b: Golden, graphs, monkeypatch)
 COMPILED = Acceleration(compiles=True)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 # Blocks with any consecutive branches of theirs, and the head, which add up to four last values, or
-# what was computed and one forecast, of one or two values, or two at the beginning; the embedding;
-# U-ViT's long skips; and sums of 8, 4, 2, 1 with a gate or, in PixArt besides, without: of last
-# values, or of forecasts from one value, or (no 8) from two.
-SUMS = 4 + 4 + 3
+# forecasts, the first of which may be what was computed instead; the embedding; U-ViT's long skips;
+# and sums of 8 last values or of 4, 2, 1 of either, in PixArt also of last values without a gate.
+SUMS = 4 + 3
 MOST_GRAPHS = {
-    "dit": (3 + 1) * (5 + 8) + 1 + SUMS,
-    "uvit": (3 + 1) * (5 + 8) + 2 + SUMS,
-    "pixart": (6 + 1) * (5 + 8) + 1 + 2 * SUMS,
+    "dit": (3 + 1) * (5 + 7) + 1 + SUMS,
+    "uvit": (3 + 1) * (5 + 7) + 2 + SUMS,
+    "pixart": (6 + 1) * (5 + 7) + 1 + SUMS + 4,
 }
 
 
@@ -591,6 +596,32 @@ def test_what_is_compiled_adds_few_updates_of_few_kinds(family, has_gates, depth
     assert all(len({update.kind for update in together}) == 1 for together in added)
     values = [sum(len(update.values) for update in together) for together in added]
     assert 1 < max(values) <= engine.ARITIES[0]
+
+
+@pytest.mark.parametrize("family", MOST_GRAPHS)
+@torch.no_grad()
+def test_weights_are_folded_into_gates_without_rounding(family):
+    """Also into those of half precision, and where a branch has none."""
+    batch, schedule = tiny_trajectories(family), cases(family)[2]
+    reduce_precision(batch.model, torch.bfloat16)
+    recipe, window = Recipe(schedule, batch), batch.window(0)
+    factors, seen = recipe.factors(window), set()
+    for s, step in enumerate(recipe.plan.steps):
+        added = [operation for operation in step if isinstance(operation, Add)]
+        for i, block, k, steps in itertools.chain(*(each.branches for each in added)):
+            gate = window[s].blocks[block][k].gate
+            weights = schedule.predictor.weights(s, i, steps)
+            for factor, weight in zip(factors.pop((s, i)), weights, strict=False):
+                exact = torch.tensor(weight, dtype=torch.float32)
+                exact = exact if gate is None else gate.float() * exact
+                assert factor.dtype == torch.float32 and torch.equal(
+                    factor, exact.expand_as(factor)
+                )
+                seen.add((gate is None, len(steps)))
+    assert not factors
+    assert {count for _, count in seen} == {1, 2}
+    has_gates = {"dit": {True}, "pixart": {True, False}, "uvit": {False}}
+    assert {not lacks for lacks, _ in seen} == has_gates[family]
 
 
 @pytest.mark.slow
