@@ -32,8 +32,8 @@ from harmonica.schedule import Schedule
 from models.layers import gated
 from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
 
-# Updates that a compiled block adds to the stream before it reads it, at most: one of a branch that
-# was computed, and three of reused ones. Every number is a graph of its own.
+# Updates that a compiled block adds to the stream before it reads it, at most: every number is a
+# graph of its own.
 ABSORBED = 4
 # Of how many branches a kernel of nothing but sums is; their values are no more than the first.
 ARITIES = (8, 4, 2, 1)
@@ -163,7 +163,8 @@ class Recipe:
         compute = np.ones((batch.num_steps, len(names)), dtype=bool)
         if schedule is not None:
             compute, predictor = schedule.compute, schedule.predictor
-        self.plan = plan_replay(compute, names, predictor.depth, batch.model.joins)
+        self.depth = predictor.depth
+        self.plan = plan_replay(compute, names, self.depth, batch.model.joins)
         self._reused = [
             [branch for part in step if isinstance(part, Add) for branch in part.branches]
             for step in self.plan.steps
@@ -290,11 +291,8 @@ class PlannedReplay:
         for i, _, _, steps in operation.branches:
             if (s, i) not in self._factors:
                 self._factors = self.recipe.factors(self.batch.window(s))
-            factors = self._factors.pop((s, i))
-            values = [self.kept[i, step] for step in steps]
-            # Of one kind, whose mixtures would be graphs of their own: what lacks is times zero.
-            values += values[-1:] * (len(factors) - len(values))
-            updates.append(Update(tuple(values), factors))
+            values = tuple(self.kept[i, step] for step in steps)
+            updates.append(Update(values, self._factors.pop((s, i))[: len(values)]))
         for place in operation.dropped:
             del self.kept[place]
         return updates
@@ -305,10 +303,13 @@ class PlannedReplay:
         """The stream, and what it lacks: of the model's kind and no more than a graph adds."""
         if not self.compiles:
             return x, lacking
-        has_gate = conditioning.blocks[0][0].gate is not None
-        of_kind = [update for update in lacking if update.is_gated is has_gate]
-        others = [update for update in lacking if update.is_gated is not has_gate]
-        return self._complete(x, others + of_kind[ABSORBED:]), of_kind[:ABSORBED]
+        has_gate, depth = conditioning.blocks[0][0].gate is not None, self.recipe.depth
+        fitting, others = [], []
+        for k, update in enumerate(lacking):
+            # The first may be what was computed. Forecasts from fewer values are of early steps.
+            fits = update.is_gated is has_gate and (k == 0 or len(update.values) == depth)
+            (fitting if fits and len(fitting) < ABSORBED else others).append(update)
+        return self._complete(x, others), fitting
 
     def _complete(self, x: Tensor, lacking: list[Update]) -> Tensor:
         """The stream that lacks nothing."""

@@ -591,6 +591,11 @@ def test_what_is_compiled_adds_few_updates_of_few_kinds(family, has_gates, depth
         eager = Engine(schedule)(batch)
         assert relative(Engine(schedule, COMPILED)(batch), eager) < 1e-6
     assert all(update.is_gated is has_gates for taken in absorbed for update in taken)
+    for taken in absorbed:
+        # Mixtures are graphs of their own, and so is what is read twice.
+        assert len({update.kind for update in taken[1:]}) <= 1
+        tensors = [value for update in taken for value in update.values]
+        assert len(set(map(id, tensors))) == len(tensors)
     most = max(map(len, absorbed))
     assert most <= engine.ABSORBED and (family == "uvit" or most > 1)
     assert all(len({update.kind for update in together}) == 1 for together in added)
@@ -611,7 +616,9 @@ def test_weights_are_folded_into_gates_without_rounding(family):
         for i, block, k, steps in itertools.chain(*(each.branches for each in added)):
             gate = window[s].blocks[block][k].gate
             weights = schedule.predictor.weights(s, i, steps)
-            for factor, weight in zip(factors.pop((s, i)), weights, strict=False):
+            folded = factors.pop((s, i))
+            assert not any(factor.any() for factor in folded[len(weights) :])
+            for factor, weight in zip(folded, weights, strict=False):
                 exact = torch.tensor(weight, dtype=torch.float32)
                 exact = exact if gate is None else gate.float() * exact
                 assert factor.dtype == torch.float32 and torch.equal(

@@ -95,7 +95,11 @@ class Routers:
         # Not every objective has compiled blocks, and what training took is compared.
         shared = replace(self.config, compile=False)
         options.update(global_seed=cell.seed, results_dir=folder, resume="auto")
-        return shared.of(TrainConfig, **options)
+        training = shared.of(TrainConfig, **options)
+        if training.schedule_updates is None:
+            return training
+        # By default of a fixed number, which may leave coefficients none to themselves.
+        return shared.of(TrainConfig, **options, schedule_updates=training.max_steps // 2)
 
     def _options(self, cell: Cell) -> dict[str, Any]:
         """How a method learns, the schedule of FORA left out."""
