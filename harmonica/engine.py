@@ -165,14 +165,14 @@ class Recipe:
             compute, predictor = schedule.compute, schedule.predictor
         self.depth = predictor.depth
         self.plan = plan_replay(compute, names, self.depth, batch.model.joins)
-        self._reused = [
-            [branch for part in step if isinstance(part, Add) for branch in part.branches]
+        self._places = [
+            [place for added in step if isinstance(added, Add) for place in added.branches]
             for step in self.plan.steps
         ]
         self._weights: dict[int, Tensor] = {}  # evaluation to (N, depth, 1 or d)
-        for s, reused in enumerate(self._reused):
-            if reused and predictor != LAST:
-                weights = [_weights(predictor, s, i, steps) for i, _, _, steps in reused]
+        for s, places in enumerate(self._places):
+            if places and predictor != LAST:
+                weights = [_weights(predictor, s, i, steps) for i, _, _, steps in places]
                 self._weights[s] = torch.stack(weights).to(batch.x_T.device)
 
     def factors(self, window: dict[int, Conditioning]) -> Factors:
@@ -184,15 +184,15 @@ class Recipe:
         gates = {
             (s, i): conditioning.blocks[block][k].gate
             for s, conditioning in window.items()
-            for i, block, k, _ in self._reused[s]
+            for i, block, k, _ in self._places[s]
         }
         weights = [self._weights[s] for s in window if s in self._weights]
         if not weights:
             return {place: (gate,) for place, gate in gates.items()}
         folded = torch.cat(weights)
-        present = [gate for gate in gates.values() if gate is not None]
-        if present:
-            one = torch.ones_like(present[0]) if len(present) < len(gates) else None
+        a_gate = next(iter(window.values())).blocks[0][0].gate
+        if a_gate is not None:  # where some branches have gates, forecasts of all have
+            one = torch.ones_like(a_gate)
             every = torch.stack([one if gate is None else gate for gate in gates.values()])
             folded = every[:, None] * folded[:, :, None, None]  # (N, depth, B, 1, d)
         return {place: tuple(factors) for place, factors in zip(gates, folded, strict=True)}
@@ -220,6 +220,7 @@ def planned_cache_bytes(
     """Most that replay keeps of branches at once; None where it reuses something else.
 
     Values that are read for the last time are not counted: they stay until the stream is next read.
+    Nor are gates with the weights of forecasts, which are per row, not per token.
 
     Args:
         size: height and width of the latents.
@@ -238,7 +239,7 @@ class PlannedReplay:
     def __init__(self, batch: Trajectories, recipe: Recipe, how: Acceleration):
         self.batch, self.recipe, self.compiles = batch, recipe, how.compiles
         self.kept: dict[tuple[int, int], Tensor] = {}  # (branch, step it was computed at)
-        self._factors: Factors = {}  # each until it is read, which is once
+        self._factors: Factors = {}  # those of a window that are still to be read, once each
 
     def predict(self, s: int, x: Tensor) -> Tensor:
         """Guided output of evaluation s."""

@@ -671,11 +671,11 @@ def test_compiled_replay_of_a_trained_model_is_the_same_up_to_rounding(golden_b:
         assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("has_weights", [False, True])
-def test_adding_in_groups_is_adding_one_by_one(golden_b: Golden, has_weights, monkeypatch):
+@pytest.mark.parametrize("weights_stand_alone", [False, True])
+def test_adding_in_groups_is_adding_one_by_one(golden_b: Golden, weights_stand_alone, monkeypatch):
     """Eighteen branches, of which every sixth has no gate: in groups of 8, 4, 2 and 1 of a kind."""
     x, *values = torch.randn(19, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    alone = torch.tensor([0.1]) if has_weights else None
+    alone = torch.tensor([0.1]) if weights_stand_alone else None
     factors = [alone if k % 6 == 5 else value[:, :1].sin() for k, value in enumerate(values)]
     updates = [Update((v,), (factor,)) for v, factor in zip(values, factors, strict=True)]
     expected = x
