@@ -46,7 +46,7 @@ def test_every_method_in_one_comparison(tmp_path, labelled_images):
     """The quick form, smaller still, as a user runs it: table, plot, JSON."""
     out = tmp_path / "out"
     done = run_command(
-        "scripts/compare.py", "--quick", "--num-sampling-steps", "4", "--num-images", "150",
+        "scripts/compare.py", "--quick", "--num-sampling-steps", "4", "--num-images", "16",
         "--num-paired", "4", "--exact-steps", "8", "--train-updates", "6", "--seeds", "0",
         "--trajectory-updates", "1",
         "--speedups", "1.5", "--data", labelled_images, "--out", out, cwd=tmp_path,
