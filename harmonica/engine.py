@@ -172,7 +172,7 @@ class Recipe:
         self._weights: dict[int, Tensor] = {}  # evaluation to (N, depth, 1 or d)
         for s, places in enumerate(self._places):
             if places and predictor != LAST:
-                weights = [_weights(predictor, s, i, steps) for i, _, _, steps in places]
+                weights = [_padded_weights(predictor, s, i, steps) for i, _, _, steps in places]
                 self._weights[s] = torch.stack(weights).to(batch.x_T.device)
 
     def factors(self, window: dict[int, Conditioning]) -> Factors:
@@ -198,7 +198,7 @@ class Recipe:
         return {place: tuple(factors) for place, factors in zip(gates, folded, strict=True)}
 
 
-def _weights(predictor: Predictor, s: int, i: int, steps: tuple[int, ...]) -> Tensor:
+def _padded_weights(predictor: Predictor, s: int, i: int, steps: tuple[int, ...]) -> Tensor:
     """(depth, 1 or d), zeros where there are fewer values."""
     weights = [
         torch.as_tensor(weight, dtype=torch.float32).reshape(-1)

@@ -96,10 +96,10 @@ class Routers:
         shared = replace(self.config, compile=False)
         options.update(global_seed=cell.seed, results_dir=folder, resume="auto")
         training = shared.of(TrainConfig, **options)
-        if training.schedule_updates is None:
-            return training
-        # By default of a fixed number, which may leave coefficients none to themselves.
-        return shared.of(TrainConfig, **options, schedule_updates=training.max_steps // 2)
+        if training.schedule_updates is not None:
+            # By default a fixed number, which may leave coefficients none to themselves.
+            training = replace(training, schedule_updates=training.max_steps // 2)
+        return training
 
     def _options(self, cell: Cell) -> dict[str, Any]:
         """How a method learns, the schedule of FORA left out."""
