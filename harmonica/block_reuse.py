@@ -6,14 +6,16 @@ which it was computed and so is no branch's value, or its output itself, whateve
 """
 
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from harmonica.denoise import Trajectories
+from harmonica.fusion import embed, fused_if, head, join
 from harmonica.schedule import Schedule
 from models.branch import compute
-from models.transformer import Conditioning
+from models.transformer import Conditioning, call_block
 
 Stretch = tuple[int, int]  # first block, one past the last
 
@@ -25,10 +27,11 @@ def reused_stretches(row: np.ndarray) -> list[Stretch]:
 
 
 class BlockReplay:
-    """Predictor that replays a schedule of blocks along one trajectory."""
+    """One trajectory of a schedule of blocks; built for it and dropped with it."""
 
-    def __init__(self, batch: Trajectories, schedule: Schedule):
+    def __init__(self, batch: Trajectories, schedule: Schedule, compiles: bool = False):
         self.batch, self.adds = batch, schedule.reuses == "blocks"
+        self._run = partial(fused_if, compiles)
         decisions = schedule.block_compute
         self.reused = [dict(reused_stretches(row)) for row in decisions]
         # A stretch is stored at the last step before its reuse that computes all of it.
@@ -39,7 +42,8 @@ class BlockReplay:
         # (stretch, block in it) to what stands in for that block's output.
         self.values: dict[tuple[Stretch, int], Tensor] = {}
 
-    def __call__(self, s: int, x: Tensor) -> Tensor:
+    def predict(self, s: int, x: Tensor) -> Tensor:
+        """Guided output of evaluation s."""
         return self.batch.evaluate(lambda rows, c: self._evaluate(s, rows, c), s, x)
 
     def _leaving(self, stretch: Stretch) -> list[int]:
@@ -49,9 +53,9 @@ class BlockReplay:
         return sorted({inside[-1], *skips})
 
     def _evaluate(self, s: int, x: Tensor, conditioning: Conditioning) -> Tensor:
-        model, size = self.batch.model, x.shape[-2:]
+        model, size, ends = self.batch.model, x.shape[-2:], conditioning.ends
         blocks, joins = model.blocks, model.joins
-        x, skips, inputs, k = model.embed(x, conditioning), {}, {}, 0
+        x, skips, inputs, k = self._run(embed)(model, x, ends), {}, {}, 0
         while k < len(blocks):
             if any(k == first for first, _ in self.stored[s]):
                 inputs[k] = x
@@ -63,14 +67,14 @@ class BlockReplay:
                 x, k = skips[stretch[1] - 1], stretch[1]
                 continue
             if k in joins:
-                x = blocks[k].join(x, skips.pop(joins[k]))
+                x = self._run(join)(blocks[k], x, skips.pop(joins[k]))
             branches = (compute,) * len(blocks[k].updates)
-            x = self.batch.run(blocks[k], x, conditioning.blocks[k], branches)
+            x = self._run(call_block)(blocks[k], x, conditioning.blocks[k], branches)
             if k in joins.values():
                 skips[k] = x
             self._store(s, k, x, inputs)
             k += 1
-        return model.head(x, conditioning, size)
+        return self._run(head)(model, x, [], ends, size)
 
     def _store(self, s: int, k: int, x: Tensor, inputs: dict[int, Tensor]) -> None:
         """Keep the output of block k, if a stretch that is reused later gives it."""

@@ -10,35 +10,38 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from harmonica.block_reuse import BlockReplay
-from harmonica.cache import Blend
 from harmonica.denoise import Trajectories, precision_of
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import first_line
+from harmonica.fusion import (
+    Update,
+    add_updates,
+    embed,
+    fused_if,
+    head,
+    join,
+    run_branches,
+)
 from harmonica.memory import is_out_of_memory
 from harmonica.predictors import LAST, Predictor
 from harmonica.replay_plan import Add, Compute, Join, plan_replay
 from harmonica.samplers import State
 from harmonica.schedule import Schedule
-from models.layers import gated
-from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
+from models.transformer import Conditioning, DiffusionTransformer
 
-# Updates that a compiled block adds to the stream before it reads it, at most: every number is a
-# graph of its own.
+# Updates that a compiled block adds to the stream before it reads it, at most. Every number is a
+# graph of its own: five times as many as choices of branches, for fewer passes over the stream.
 ABSORBED = 4
-# Of how many branches a kernel of nothing but sums is; their values are no more than the first.
+# Of how many updates a kernel of nothing but sums is; it reads no more values than the first.
 ARITIES = (8, 4, 2, 1)
-# Compiled graphs of a function before torch refuses more: some batch sizes and precisions.
-GRAPHS = 256
 
 
 @dataclass(frozen=True)
@@ -60,99 +63,6 @@ EAGER = Acceleration()
 
 # What the values of a reused branch are multiplied with, by (evaluation, branch).
 Factors = dict[tuple[int, int], tuple[Tensor | None, ...]]
-
-
-class Update(NamedTuple):
-    """What is added to the stream for a branch: the sum of factor * value.
-
-    Attributes:
-        values: (B, L, d) each.
-        factors: of each: (B, 1, d) gates, maybe with weights folded in, or weights (1,) or (d,)
-            alone, or None for 1.
-    """
-
-    values: tuple[Tensor, ...]
-    factors: tuple[Tensor | None, ...]
-
-    @property
-    def is_gated(self) -> bool:
-        return self.factors[0] is not None and self.factors[0].ndim == 3
-
-    @property
-    def kind(self) -> tuple:
-        """Updates of one kind differ in nothing that a graph is made for."""
-        return len(self.values), *(f if f is None else (f.dtype, f.stride()) for f in self.factors)
-
-
-def add_updates(x: Tensor, updates: list[Update]) -> Tensor:
-    """The stream x (B, L, d) with updates added in this order."""
-    for values, factors in updates:
-        for value, factor in zip(values, factors, strict=True):
-            x = gated(x, factor, value)
-    return x
-
-
-def run_branches(
-    block: Block, which: tuple[int, ...], x: Tensor, lacking: list[Update], parts: tuple[Part, ...]
-) -> tuple[Tensor, list[Tensor]]:
-    """Some branches of a block, on the stream x (B, L, d) that still lacks some updates.
-
-    Returns:
-        The stream, which now lacks the update of the last of these branches alone: adding it where
-        the stream is read next saves a pass over it. And the values of all of them.
-    """
-    x, values = add_updates(x, lacking), []
-    for before, k in zip((None, *which[:-1]), which, strict=True):
-        if before is not None:
-            x = gated(x, parts[before].gate, values[-1])
-        values.append(block.updates[k](x, parts[k]))
-    return x, values
-
-
-def join(block: Block, x: Tensor, skip: Tensor) -> Tensor:
-    """The stream (B, L, d) with the output of an earlier block mixed in by a long skip."""
-    return block.join(x, skip)
-
-
-def embed(model: DiffusionTransformer, x: Tensor, ends: tuple[Tensor, ...]) -> Tensor:
-    """``model.embed``, which takes of the conditioning its ends alone."""
-    return model.embed(x, Conditioning((), ends))
-
-
-def head(
-    model: DiffusionTransformer,
-    x: Tensor,
-    lacking: list[Update],
-    ends: tuple[Tensor, ...],
-    size: tuple[int, int],
-) -> Tensor:
-    """``model.head`` on the stream that still lacks some updates."""
-    return model.head(add_updates(x, lacking), Conditioning((), ends), size)
-
-
-def block_runner(compiles: bool, checkpoints: bool) -> Callable[..., Tensor]:
-    """How a training step runs the blocks of a model; see ``models.transformer.call_block``.
-
-    Args:
-        compiles: one graph for all blocks and each kind of branch.
-        checkpoints: keep a block's input alone, and run it again for its gradients.
-    """
-    run = _compiled(call_block) if compiles else call_block
-    if checkpoints:
-        # Nothing in a block draws numbers: no generator has to be kept for running it again.
-        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-    return partial(_run_forgetting, run)
-
-
-def _run_forgetting(
-    run: Callable[..., Tensor], block: Block, x: Tensor, parts: tuple[Part, ...], branches: tuple
-) -> Tensor:
-    """``run``, after which blends that nothing will be stored of remember nothing."""
-    x = run(block, x, parts, branches)
-    for branch in branches:
-        if isinstance(branch, Blend) and not branch.is_stored:
-            branch.kept = None
-    return x
 
 
 class Recipe:
@@ -207,13 +117,6 @@ def _padded_weights(predictor: Predictor, s: int, i: int, steps: tuple[int, ...]
     return torch.stack(weights + [torch.zeros_like(weights[0])] * (predictor.depth - len(weights)))
 
 
-@cache
-def _compiled(function: Callable) -> Callable:
-    """A graph per choice of branches, kinds of updates, and shape; shared by all blocks."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
 def planned_cache_bytes(
     schedule: Schedule, model: DiffusionTransformer, size: tuple[int, int], rows: int
 ) -> int | None:
@@ -266,7 +169,7 @@ class PlannedReplay:
         return self._run(head)(model, x, lacking, ends, size)
 
     def _run(self, function: Callable) -> Callable:
-        return _compiled(function) if self.compiles else function
+        return fused_if(self.compiles, function)
 
     def _compute(
         self,
@@ -303,11 +206,12 @@ class PlannedReplay:
     ) -> tuple[Tensor, list[Update]]:
         """The stream, and what it lacks: of the model's kind and no more than a graph adds."""
         if not self.compiles:
-            return x, lacking
+            return self._complete(x, lacking), []
         has_gate, depth = conditioning.blocks[0][0].gate is not None, self.recipe.depth
         fitting, others = [], []
         for k, update in enumerate(lacking):
-            # The first may be what was computed. Forecasts from fewer values are of early steps.
+            # Forecasts from fewer values, of early steps, would be graphs of their own, but the
+            # first may well be: a branch that was computed is one value, too.
             fits = update.is_gated is has_gate and (k == 0 or len(update.values) == depth)
             (fitting if fits and len(fitting) < ABSORBED else others).append(update)
         return self._complete(x, others), fitting
@@ -322,7 +226,7 @@ class PlannedReplay:
             while rest:
                 most = min(len(rest), ARITIES[0] // kind[0])
                 arity = next(n for n in ARITIES if n <= most)
-                x = _compiled(add_updates)(x, rest[:arity])
+                x = self._run(add_updates)(x, rest[:arity])
                 rest = rest[arity:]
         return x
 
@@ -475,8 +379,8 @@ class Engine:
     def _run(self, batch: Trajectories) -> Tensor:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper
         if self.schedule is not None and self.schedule.reuses != "branches":
-            batch = replace(batch, run=block_runner(self.how.compiles, checkpoints=False))
-            return batch.walk(State(batch.x_T), BlockReplay(batch, self.schedule)).x
+            replay = BlockReplay(batch, self.schedule, self.how.compiles)
+            return batch.walk(State(batch.x_T), replay.predict).x
         replay = PlannedReplay(batch, self._recipe_for(batch), self.how)
         return batch.walk(State(batch.x_T), replay.predict).x
 

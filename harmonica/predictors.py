@@ -2,7 +2,7 @@
 
 The combination depends on the step, the branch and the steps at which the values were computed. A
 schedule fixes all of them, so the weights are known before sampling starts and a forecast costs
-no more than reading another cached tensor.
+little more than reading another cached tensor.
 """
 
 import hashlib

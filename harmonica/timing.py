@@ -1,16 +1,20 @@
-"""Honest timing: warmed up, synchronised, in turn."""
+"""Honest timing: warmed up, synchronised, in turn; and reports of it."""
 
 import contextlib
+import json
 import platform
+import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from harmonica import __version__
+from harmonica.files import write_atomically
 from harmonica.output import commit
 
 # Of every function before it is timed: on a GPU an engine captures its graph in the second run.
@@ -19,11 +23,15 @@ WARM_UPS = {"cpu": 1, "cuda": 2}
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per batch over repetitions."""
+    """Seconds over repetitions."""
 
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, taken: Sequence[float]) -> "Timing":
+        return cls(statistics.median(taken), min(taken), max(taken))
 
     def __str__(self) -> str:
         return f"{self.median:.3f} s ({self.low:.3f} to {self.high:.3f})"
@@ -64,10 +72,10 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def timed(
+def in_turn(
     runs: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, Timing]:
-    """Time several functions in turn, so that a busy moment hits them alike, after warming up."""
+) -> dict[str, list[float]]:
+    """Seconds of functions, warmed up and called in turn, so that a busy moment hits them alike."""
     for run in runs.values():
         for _ in range(WARM_UPS[device.type]):
             seconds(run, device)
@@ -75,4 +83,38 @@ def timed(
     for _ in range(repeats):
         for name, run in runs.items():
             taken[name].append(seconds(run, device))
-    return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
+    return taken
+
+
+def timed(
+    runs: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, Timing]:
+    """``in_turn``, with the median and range of every function."""
+    return {name: Timing.of(taken) for name, taken in in_turn(runs, repeats, device).items()}
+
+
+def peak_process_bytes() -> int:
+    """Most that this process has held of the main memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def present(found: dict[str, Any], config: dict[str, Any], out: Path | None) -> None:
+    """Print what was found, and write it to ``out``, if given, with what it was found for."""
+    for name, value in found.items():
+        print(f"{name:32} {_shown(name, value)}")
+    if out is not None:
+        write_atomically(out, json.dumps({"config": config, **found}, indent=1).encode())
+
+
+def _shown(name: str, value: Any) -> str:
+    if name.startswith("profile_"):
+        return ", ".join(f"{kind} {taken:.4f} s" for kind, taken in value.items())
+    if isinstance(value, dict):
+        return str(Timing(**value))
+    if name.endswith("_range"):
+        return " to ".join(f"{bound:.2f}" for bound in value)
+    if "_bytes" in name and value is not None:
+        return f"{value / 2**20:.1f} MiB"
+    if name.endswith("_per_second"):
+        return f"{value / 1e9:.1f} GMAC/s"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

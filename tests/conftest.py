@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harmonica import engine
+from harmonica import fusion
 from harmonica.denoise import Guidance, Trajectories
 from harmonica.flops import Costs, measure_costs
 from harmonica.samplers import Sampler, create_sampler
@@ -172,9 +172,9 @@ def traced(monkeypatch):
     """Blocks are traced as for compilation, which takes long, and the graphs run as they are."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, backend="eager", **k))
-    engine._compiled.cache_clear()
+    fusion.fused.cache_clear()
     yield
-    engine._compiled.cache_clear()
+    fusion.fused.cache_clear()
 
 
 def free_port() -> int:

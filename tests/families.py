@@ -139,6 +139,13 @@ def other_batches(family: str, sampler: str, count: int = 4) -> list[Trajectorie
     return batches
 
 
+def limit_windows(monkeypatch, batch: Trajectories, steps: int) -> None:
+    """Have batches of this size make the conditioning of so many steps at once."""
+    rows = batch.guidance.halves * len(batch.x_T)
+    numbers = steps * rows * batch.model.conditioning_size
+    monkeypatch.setattr("harmonica.denoise.CONDITIONING_NUMBERS", numbers)
+
+
 def replay_branches(cache: Cache, s: int, row: Sequence[bool]) -> list[Branch]:
     """One Replay per branch for step s, whose schedule row is ``row``."""
     return [Replay(cache, i, s, bool(computes)) for i, computes in enumerate(row)]

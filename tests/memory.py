@@ -1,7 +1,6 @@
 """What tensors take at their peak, of fake ones too, which have a size and no content."""
 
 import weakref
-from collections import Counter
 from typing import Any
 
 import torch
@@ -14,30 +13,30 @@ class Peak(TorchDispatchMode):
     """Counts the bytes of what is made while it is entered; workspaces of kernels are not seen.
 
     Attributes:
-        bytes: the most that were alive at once.
+        bytes: the most that were alive at once, of tensors that only gradients need, too.
     """
 
     def __init__(self):
         super().__init__()
-        self.bytes = self._alive = 0
-        self._tensors: Counter[int] = Counter()  # of every storage
+        self.bytes = self._now = 0
+        self._alive: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types, args=(), kwargs=None) -> Any:
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage(), tensor)
+                self._add(tensor.untyped_storage())
         return made
 
-    def _add(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self._tensors[key] += 1
-        if self._tensors[key] == 1:
-            self._alive += size
-            self.bytes = max(self.bytes, self._alive)
-        weakref.finalize(tensor, self._remove, key, size)
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self._now += size
+        self.bytes = max(self.bytes, self._now)
+        weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
-        self._tensors[key] -= 1
-        if not self._tensors[key]:
-            self._alive -= size
+        self._alive.remove(key)
+        self._now -= size

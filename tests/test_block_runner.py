@@ -7,7 +7,7 @@ import torch
 from conftest import Golden, relative
 
 from harmonica.cache import Masking
-from harmonica.engine import block_runner
+from harmonica.fusion import block_runner
 from harmonica.predictors import LAST
 from harmonica.router import Router, threshold_schedule
 from harmonica.training.objective import Student, iepo_loss, leave_one_out
@@ -47,7 +47,7 @@ def gradients(golden: Golden, run, kind: str = "soft") -> tuple[torch.Tensor, to
 def test_a_checkpointed_or_compiled_step_has_the_same_gradients(golden_b, compiles, monkeypatch):
     golden = golden_b
     # Far fewer than steps times blocks: graphs are shared by all of them.
-    monkeypatch.setattr("harmonica.engine.GRAPHS", 12)
+    monkeypatch.setattr("harmonica.fusion.GRAPHS", 12)
     plain, end = gradients(golden, block_runner(False, False))
     for checkpoints in (False, True):
         found, other = gradients(golden, block_runner(compiles, checkpoints))
@@ -76,7 +76,7 @@ def test_what_runs_again_asks_no_generator(golden_b, monkeypatch):
 def test_decisions_are_traced_whole_with_few_graphs(golden_b, kind, graphs, traced, monkeypatch):
     # Hard ones: four choices of what a block runs, of one rollout and of several side by side, and
     # with gradients the decisions that learn; whatever the number of steps and blocks.
-    monkeypatch.setattr("harmonica.engine.GRAPHS", graphs)
+    monkeypatch.setattr("harmonica.fusion.GRAPHS", graphs)
     torch._dynamo.reset()
     plain, end = gradients(golden_b, block_runner(False, False), kind)
     with torch._dynamo.config.patch(recompile_limit=graphs):

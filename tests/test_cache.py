@@ -7,7 +7,8 @@ from conftest import Golden, relative
 from families import replay_branches
 
 from harmonica.cache import Cache, Masking, Replay, fill
-from harmonica.engine import Engine, block_runner
+from harmonica.engine import Engine
+from harmonica.fusion import block_runner
 from harmonica.router import threshold_schedule
 from harmonica.samplers import State, create_sampler
 from harmonica.schedule import Schedule

@@ -4,21 +4,18 @@ Counted on tensors that are only described, with nothing of what a GPU's librari
 """
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from memory import Peak
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from harmonica.backbone import reduce_precision
 from harmonica.cache import Masking
 from harmonica.denoise import Guidance, Trajectories
-from harmonica.engine import block_runner
+from harmonica.fusion import block_runner
 from harmonica.router import Router
 from harmonica.samplers import create_sampler
 from harmonica.training.objective import Student, iepo_loss, leave_one_out
@@ -29,47 +26,17 @@ from models.transformer import DiffusionTransformer
 GB = 10**9
 
 
-class Counted(TorchDispatchMode):
-    """Bytes of all tensors that are alive, and the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = set(), 0, 0
-
-    def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive:
-            return
-
-        def gone() -> None:
-            self.alive.remove(key)
-            self.now -= size
-
-        self.alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, gone)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-        return out
-
-
 @contextlib.contextmanager
-def described_model() -> Iterator[tuple[DiffusionTransformer, Counted]]:
-    """DiT-XL/2 in bfloat16 without numbers, as all tensors in this context are, and their count."""
+def described_model() -> Iterator[tuple[DiffusionTransformer, Peak]]:
+    """DiT-XL/2 in bfloat16 without numbers, as all tensors in this context are, and their peak."""
     with torch.device("meta"):
         model = create_model("DiT-XL/2", image_size=256)
     reduce_precision(model, torch.bfloat16)
     state = model.state_dict()
-    with FakeTensorMode(), Counted() as counted:
+    with FakeTensorMode(), Peak() as peak:
         weights = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in state.items()}
         model.load_state_dict(weights, assign=True)
-        yield model.requires_grad_(False).eval(), counted
+        yield model.requires_grad_(False).eval(), peak
 
 
 def trajectories(
@@ -99,15 +66,15 @@ def test_training_fits(checkpoints, most):
     def update(step: StepError) -> None:
         iepo_loss(step.error, step.scores, 1.0, 1e-3).backward()
 
-    with described_model() as (model, counted):
+    with described_model() as (model, peak):
         batch = trajectories(model, 20, 8, checkpoints)
         train_trajectory(batch, Router(torch.zeros(20, 56)), masking(20), update, stop=2)
-    assert 2 * GB < counted.peak < most
+    assert 2 * GB < peak.bytes < most
 
 
 def test_a_refresh_of_lambda_fits():
     """Of twice the batch, one rollout in a forward, which is what is left where memory is short."""
-    with described_model() as (model, counted), torch.no_grad():
+    with described_model() as (model, peak), torch.no_grad():
         batch = trajectories(model, 4, 16)
         leave_one_out(Student(batch, torch.zeros(4, 56), masking(4), most_rows=32))
-    assert 2 * GB < counted.peak < 8 * GB
+    assert 2 * GB < peak.bytes < 8 * GB

@@ -10,21 +10,14 @@ from conftest import Golden, relative
 from fake_graphs import fake_cuda_graphs
 from torch.autograd.graph import saved_tensors_hooks
 
-from harmonica import engine
+from harmonica import fusion
 from harmonica.backbone import load_backbone
 from harmonica.baselines.fixed import evenly_spaced, random_schedule
 from harmonica.budget import Budget
 from harmonica.cache import Cache, Replay
-from harmonica.engine import (
-    EAGER,
-    Acceleration,
-    Engine,
-    add_updates,
-    embed,
-    head,
-    run_branches,
-)
+from harmonica.engine import EAGER, Acceleration, Engine
 from harmonica.errors import HarmonicaError
+from harmonica.fusion import add_updates, embed, head, run_branches
 from harmonica.predictors import LAST, Extrapolation, LastValue, Learned, combine
 from harmonica.router import threshold_schedule
 from harmonica.router_file import load_router, load_schedule_file
@@ -296,7 +289,7 @@ def test_held_out_seeds_are_sampled_as_fast_as_others(tmp_path, monkeypatch):
         lambda *a, **k: replace(backbone, how=Acceleration(compiles=True, captures=True)),
     )
     fake_cuda_graphs(monkeypatch)
-    monkeypatch.setattr(engine, "_compiled", lambda function: compiled.add(function) or function)
+    monkeypatch.setattr(fusion, "fused", lambda function: compiled.add(function) or function)
     compiled = set()
     learner = trainer(tmp_path).learner
     assert compiled == {embed, run_branches, add_updates, head}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harmonica.cache import Cache, Masking, fill
 from harmonica.denoise import Trajectories, part_rows
-from harmonica.engine import block_runner
+from harmonica.fusion import block_runner
 from harmonica.memory import is_out_of_memory
 from harmonica.samplers import State
 

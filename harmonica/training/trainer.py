@@ -14,9 +14,10 @@ from tqdm import tqdm
 from harmonica import __version__
 from harmonica.autoencoder import load_decoder
 from harmonica.backbone import check_gpus, load_backbone
-from harmonica.engine import EAGER, block_runner
+from harmonica.engine import EAGER
 from harmonica.errors import HarmonicaError
 from harmonica.files import first_line
+from harmonica.fusion import block_runner
 from harmonica.interruption import Interruption
 from harmonica.options import flag_of, plain
 from harmonica.plots import comparison, router_heatmap
