@@ -1,13 +1,13 @@
 """Cost of sampling: `python scripts/bench_sampling.py`, with the backbone flags of sample.py.
 
 Prints the time of a batch without and with a cache, timed in turn after warm-up; the measured
-speed-up, the theoretical one, and their ratio, the efficiency; arithmetic against the machine's own
-matrix products, measured in the same run; what the cache holds at most, as planned; how many images
-ran at once; and on a GPU the peak memory of a batch of either kind, without CUDA graphs, and of
-decoding an image. With --profile also where the time of a batch of either kind goes.
+speed-up, with the range of single pairs, the theoretical one, and their ratio, the efficiency;
+arithmetic against the machine's own matrix products, measured in the same run; what the cache holds
+at most, as planned; how many images ran at once; the most that the process held of the main memory,
+and on a GPU the peak of a batch of either kind, without CUDA graphs, and of decoding an image. With
+--profile also where the time of a batch of either kind goes.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,14 +26,13 @@ from harmonica.config import BackboneConfig
 from harmonica.denoise import Trajectories
 from harmonica.engine import Engine, planned_cache_bytes
 from harmonica.errors import run_command
-from harmonica.files import write_atomically
 from harmonica.options import option, parse, plain
 from harmonica.predictors import LAST, PREDICTORS, Learned, create_predictor
 from harmonica.randomness import Draws
 from harmonica.sample_config import known_from_router
 from harmonica.sampling import load_schedule, trajectories, with_predictor
 from harmonica.schedule import Schedule
-from harmonica.timing import Timing, machine, seconds, timed
+from harmonica.timing import Timing, in_turn, machine, peak_process_bytes, present, seconds, timed
 
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 # Kinds of kernels by what is in their names, the first that fits. On a CPU, where operators are
@@ -148,8 +147,10 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
         schedules["cached, last values"] = replace(schedule, predictor=LAST)
     engines = {name: Engine(chosen, backbone.how) for name, chosen in schedules.items()}
     runs = {name: partial(engine, batch) for name, engine in engines.items()}
-    times: dict[str, Timing] = timed(runs, config.repeats, device)
+    taken = in_turn(runs, config.repeats, device)
+    times = {name: Timing.of(repeats) for name, repeats in taken.items()}
     measured = times["uncached"].median / times["cached"].median
+    pairs = [a / b for a, b in zip(taken["uncached"], taken["cached"], strict=True)]
     full = schedule.num_steps * schedule.costs.total * rows
     peak = matrix_peak(device, dtype)
     return {
@@ -161,6 +162,7 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
         "seconds_cached": vars(times["cached"]),
         **_against_last(times),
         "measured_speedup": measured,
+        "measured_speedup_range": [min(pairs), max(pairs)],
         "theoretical_speedup": schedule.theoretical_speedup,
         "efficiency": measured / schedule.theoretical_speedup,
         "uncached_macs_per_second": full / times["uncached"].median,
@@ -169,6 +171,7 @@ def measure(config: BenchConfig, backbone: Backbone, schedule: Schedule) -> dict
         "cache_bytes": planned_cache_bytes(
             schedule, backbone.model, backbone.latent_shape[1:], rows
         ),
+        "peak_process_bytes": peak_process_bytes(),
         **memory,
         **(profiles(device, runs) if config.profile else {}),
     }
@@ -211,23 +214,7 @@ def bench() -> None:
         budget = Budget(cur=config.target_cur)
         schedule = random_schedule(config.num_sampling_steps, backbone.costs, budget, seed=0)
     found = measure(config, backbone, _with_predictor(config, schedule, backbone))
-    for name, value in found.items():
-        print(f"{name:32} {_shown(name, value)}")
-    if config.out is not None:
-        record = {"config": plain(config), **found}
-        write_atomically(config.out, json.dumps(record, indent=1).encode())
-
-
-def _shown(name: str, value: object) -> str:
-    if name.startswith("profile_"):
-        return ", ".join(f"{kind} {time:.4f} s" for kind, time in value.items())
-    if isinstance(value, dict):
-        return str(Timing(**value))
-    if "_bytes" in name and value is not None:
-        return f"{value / 2**20:.1f} MiB"
-    if name.endswith("_per_second"):
-        return f"{value / 1e9:.1f} GMAC/s"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    present(found, plain(config), config.out)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ updates as were published would take with these flags. Forwards and updates are 
 that a busy moment hits both; ratios are per pair.
 """
 
-import json
-import resource
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +16,8 @@ import torch
 
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError, run_command
-from harmonica.files import write_atomically
 from harmonica.options import option, parse, plain
-from harmonica.timing import machine, seconds
+from harmonica.timing import Timing, machine, peak_process_bytes, present, seconds
 from harmonica.training.config import TrainConfig
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trainer import Trainer
@@ -33,7 +30,7 @@ class BenchConfig(TrainConfig):
     """What is timed."""
 
     random_weights: bool = option(False, "speed does not depend on weights: draw them")
-    repeats: int = option(6, "timed trajectories after one warm-up", low=1)
+    repeats: int = option(6, "timed trajectories and refreshes after one of each as warm-up", low=1)
     out: Path | None = option(None, "JSON report")
 
 
@@ -47,11 +44,7 @@ def bench() -> None:
         )
     trainer = Trainer(config, random_weights=config.random_weights)
     found = measure(config, trainer.learner)
-    for name, value in found.items():
-        print(f"{name:32} {_shown(name, value)}")
-    if config.out is not None:
-        record = {"config": plain(config), **found}
-        write_atomically(config.out, json.dumps(record, indent=1).encode())
+    present(found, plain(config), config.out)
 
 
 @contextmanager
@@ -89,7 +82,7 @@ def measure(config: BenchConfig, learner: StepwiseLearner) -> dict:
     with counted_forwards() as of_refresh:
         learner.refresh_weights()
     evaluations = tally.evaluations - before
-    refresh = seconds(learner.refresh_weights, device)
+    refreshes = [seconds(learner.refresh_weights, device) for _ in range(config.repeats)]
     # Later trajectories do not refresh: what is timed is updates alone.
     learner.refresh_at = float("inf")
     ratios, updates = [], []
@@ -100,43 +93,35 @@ def measure(config: BenchConfig, learner: StepwiseLearner) -> dict:
         if k > 0:  # the first pair warms up
             ratios.append(update / forward)
             updates.append(update)
-    per_update = statistics.median(updates)
+    per_update, refresh = Timing.of(updates), Timing.of(refreshes)
     trajectories = PUBLISHED_UPDATES / (steps - 1)
     found = {
         **machine(device),
         **asdict(backbone.how),
         "rows": rows,
-        "seconds_per_update": per_update,
+        "seconds_per_update": vars(per_update),
         "forwards_per_update": statistics.median(ratios),
         "forwards_per_update_range": [min(ratios), max(ratios)],
         "refresh_evaluations": evaluations / learner.lambda_samples,
         "refresh_evaluations_limit": steps + steps * (steps + 1) // 2,
         "refresh_forwards": len(of_refresh),
         "refresh_rows_at_once": learner.lambda_rows,
-        "refresh_seconds": refresh,
+        "seconds_per_refresh": vars(refresh),
         "hours_projected": (
-            PUBLISHED_UPDATES * per_update
-            + trajectories * per_update / statistics.median(ratios)
-            + PUBLISHED_UPDATES / config.lambda_c * refresh
+            PUBLISHED_UPDATES * per_update.median
+            + trajectories * per_update.median / statistics.median(ratios)
+            + PUBLISHED_UPDATES / config.lambda_c * refresh.median
         )
         / 3600,
         "projected_for": (
             f"{PUBLISHED_UPDATES} updates of {rows} rows a process, and a refresh of "
             f"{config.lambda_batch_size} rows in all every {config.lambda_c} updates"
         ),
-        "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_process_bytes": peak_process_bytes(),
     }
     if device.type == "cuda":
         found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
     return found
-
-
-def _shown(name: str, value: object) -> str:
-    if name.endswith("_bytes"):
-        return f"{value / 2**30:.2f} GiB"
-    if name.endswith("_range"):
-        return " to ".join(f"{bound:.2f}" for bound in value)
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

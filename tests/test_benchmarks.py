@@ -49,7 +49,11 @@ def test_a_sampling_benchmark(sampling, monkeypatch, tmp_path, capsys):
     assert found["config"]["target_cur"] == found["cur"] == 0.5
     assert found["rows"] == 2 and found["compiles"] is found["captures"] is False
     assert found["theoretical_speedup"] > 1.8
-    assert found["efficiency"] == found["measured_speedup"] / found["theoretical_speedup"]
+    uncached, cached = (found[f"seconds_{kind}"] for kind in ("uncached", "cached"))
+    pair = uncached["median"] / cached["median"]  # the only one
+    assert found["measured_speedup"] == pair and found["measured_speedup_range"] == [pair, pair]
+    assert found["efficiency"] == pytest.approx(pair / found["theoretical_speedup"])
+    assert 2**27 < found["peak_process_bytes"] < 2**37
     # The second of two steps reuses all 24 branches: 64 tokens of width 192 in float32.
     assert found["cache_bytes"] == 24 * 2 * 64 * 192 * 4
     assert {"seconds_uncached", "seconds_cached", "seconds_cached_last_values"} <= found.keys()
@@ -144,7 +148,9 @@ def test_a_training_benchmark(monkeypatch, tmp_path):
     assert found["refresh_forwards"] == 9 and found["refresh_rows_at_once"] == 64
     # Forwards make their conditioning as sweeps do: two of either, with warm-up, and refreshes.
     assert windows.count(4) == 2 + 2 + 2
-    assert found["seconds_per_update"] > 0 and found["forwards_per_update"] > 0
+    for timed in ("seconds_per_update", "seconds_per_refresh"):
+        assert 0 < found[timed]["low"] <= found[timed]["median"] <= found[timed]["high"]
+    assert found["forwards_per_update"] > 0
     assert "20000 updates of 2 rows" in found["projected_for"]
     assert "every 200 updates" in found["projected_for"]
 
