@@ -29,7 +29,7 @@ def reused_stretches(row: np.ndarray) -> list[Stretch]:
 class BlockReplay:
     """One trajectory of a schedule of blocks; built for it and dropped with it."""
 
-    def __init__(self, batch: Trajectories, schedule: Schedule, compiles: bool = False):
+    def __init__(self, batch: Trajectories, schedule: Schedule, compiles: bool):
         self.batch, self.adds = batch, schedule.reuses == "blocks"
         self._run = partial(fused_if, compiles)
         decisions = schedule.block_compute

@@ -14,8 +14,9 @@ from harmonica.samplers import Sampler, State
 from models.branch import Branch
 from models.transformer import Condition, Conditioning, DiffusionTransformer, call_block
 
-# Of conditioning, kept at once, which is at most 512 MiB in any precision: with 8 guided samples of
-# DiT-XL/2, 42 steps.
+# Most numbers of conditioning that are kept at once (one step's, if it alone has more): 512 MiB in
+# float32, which PixArt's remain whatever the precision of the weights. With 8 guided samples of
+# DiT-XL/2 these are 42 steps.
 CONDITIONING_NUMBERS = 2**27
 
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 from weakref import WeakSet
 
@@ -38,7 +39,8 @@ from harmonica.schedule import Schedule
 from models.transformer import Conditioning, DiffusionTransformer
 
 # Updates that a compiled block adds to the stream before it reads it, at most. Every number is a
-# graph of its own: five times as many as choices of branches, for fewer passes over the stream.
+# graph of its own: at least five times as many graphs as choices of branches, for fewer passes over
+# the stream.
 ABSORBED = 4
 # Of how many updates a kernel of nothing but sums is; it reads no more values than the first.
 ARITIES = (8, 4, 2, 1)
@@ -141,6 +143,7 @@ class PlannedReplay:
 
     def __init__(self, batch: Trajectories, recipe: Recipe, how: Acceleration):
         self.batch, self.recipe, self.compiles = batch, recipe, how.compiles
+        self._run = partial(fused_if, how.compiles)
         self.kept: dict[tuple[int, int], Tensor] = {}  # (branch, step it was computed at)
         self._factors: Factors = {}  # those of a window that are still to be read, once each
 
@@ -167,9 +170,6 @@ class PlannedReplay:
                     skips[operation.block] = x
         x, lacking = self._within_reach(x, lacking, conditioning)
         return self._run(head)(model, x, lacking, ends, size)
-
-    def _run(self, function: Callable) -> Callable:
-        return fused_if(self.compiles, function)
 
     def _compute(
         self,
@@ -210,8 +210,8 @@ class PlannedReplay:
         has_gate, depth = conditioning.blocks[0][0].gate is not None, self.recipe.depth
         fitting, others = [], []
         for k, update in enumerate(lacking):
-            # Forecasts from fewer values, of early steps, would be graphs of their own, but the
-            # first may well be: a branch that was computed is one value, too.
+            # The first may be of one value anyway: a branch that was just computed. Further back, a
+            # forecast from fewer values would make a graph for every place that it can take.
             fits = update.is_gated is has_gate and (k == 0 or len(update.values) == depth)
             (fitting if fits and len(fitting) < ABSORBED else others).append(update)
         return self._complete(x, others), fitting

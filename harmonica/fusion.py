@@ -1,4 +1,7 @@
-"""What torch.compile fuses: functions, each a graph for every choice of branches and updates."""
+"""Functions that torch.compile fuses, and how training runs blocks.
+
+Each function is one graph for every choice of branches and updates.
+"""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,21 +15,21 @@ from harmonica.cache import Blend
 from models.layers import gated
 from models.transformer import Block, Conditioning, DiffusionTransformer, Part, call_block
 
-# Graphs of a function before torch refuses to make more. PixArt's blocks have 72 with one predictor
-# and size of batches; a comparison has three predictors and several sizes.
+# Graphs of a function before torch refuses to make more. PixArt's blocks have up to 72 with last
+# values and one kind of forecast, at one batch size; a comparison has more kinds and several sizes.
 GRAPHS = 1024
 
 
 @cache
 def fused(function: Callable) -> Callable:
-    """It compiled, once for all blocks and models."""
+    """The function compiled; its graphs are shared by all blocks and models."""
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), GRAPHS))
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def fused_if(compiles: bool, function: Callable) -> Callable:
-    """It compiled, or as it is."""
+    """The function compiled if ``compiles``, else as it is."""
     return fused(function) if compiles else function
 
 

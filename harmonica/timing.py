@@ -98,7 +98,7 @@ def peak_process_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def present(found: dict[str, Any], config: dict[str, Any], out: Path | None) -> None:
+def print_report(found: dict[str, Any], config: dict[str, Any], out: Path | None) -> None:
     """Print what was found, and write it to ``out``, if given, with what it was found for."""
     for name, value in found.items():
         print(f"{name:32} {_shown(name, value)}")
@@ -107,6 +107,7 @@ def present(found: dict[str, Any], config: dict[str, Any], out: Path | None) -> 
 
 
 def _shown(name: str, value: Any) -> str:
+    """The value, in the unit that goes with the name."""
     if name.startswith("profile_"):
         return ", ".join(f"{kind} {taken:.4f} s" for kind, taken in value.items())
     if isinstance(value, dict):

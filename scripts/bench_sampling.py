@@ -32,7 +32,15 @@ from harmonica.randomness import Draws
 from harmonica.sample_config import known_from_router
 from harmonica.sampling import load_schedule, trajectories, with_predictor
 from harmonica.schedule import Schedule
-from harmonica.timing import Timing, in_turn, machine, peak_process_bytes, present, seconds, timed
+from harmonica.timing import (
+    Timing,
+    in_turn,
+    machine,
+    peak_process_bytes,
+    print_report,
+    seconds,
+    timed,
+)
 
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 # Kinds of kernels by what is in their names, the first that fits. On a CPU, where operators are
@@ -214,7 +222,7 @@ def bench() -> None:
         budget = Budget(cur=config.target_cur)
         schedule = random_schedule(config.num_sampling_steps, backbone.costs, budget, seed=0)
     found = measure(config, backbone, _with_predictor(config, schedule, backbone))
-    present(found, plain(config), config.out)
+    print_report(found, plain(config), config.out)
 
 
 if __name__ == "__main__":

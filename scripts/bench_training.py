@@ -17,7 +17,7 @@ import torch
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.options import option, parse, plain
-from harmonica.timing import Timing, machine, peak_process_bytes, present, seconds
+from harmonica.timing import Timing, machine, peak_process_bytes, print_report, seconds
 from harmonica.training.config import TrainConfig
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trainer import Trainer
@@ -44,7 +44,7 @@ def bench() -> None:
         )
     trainer = Trainer(config, random_weights=config.random_weights)
     found = measure(config, trainer.learner)
-    present(found, plain(config), config.out)
+    print_report(found, plain(config), config.out)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ class Peak(TorchDispatchMode):
     """Counts the bytes of what is made while it is entered; workspaces of kernels are not seen.
 
     Attributes:
-        bytes: the most that were alive at once, of tensors that only gradients need, too.
+        bytes: the most that were alive at once, what is kept for gradients included.
     """
 
     def __init__(self):

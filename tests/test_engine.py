@@ -33,7 +33,7 @@ from harmonica.engine import (
 )
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.flops import Costs, measure_costs
-from harmonica.fusion import Update, add_updates, head, run_branches
+from harmonica.fusion import Update, add_updates, embed, head, join, run_branches
 from harmonica.options import build_parser, resolve
 from harmonica.precision import single_precision
 from harmonica.predictors import LAST, Extrapolation, Learned
@@ -45,6 +45,7 @@ from harmonica.training.config import TrainConfig
 from harmonica.training.learner import StepwiseLearner
 from harmonica.training.trainer import Trainer
 from models.layers import gated
+from models.transformer import call_block
 
 NAMES = tuple(f"blocks.{i}.{k}" for i in range(3) for k in ("attn", "mlp"))
 COSTS = Costs(NAMES, (5, 9) * 3, 4)
@@ -513,7 +514,7 @@ COMPILED = Acceleration(compiles=True)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 # Graphs that ``cases`` take, in 67, 178 and 68 calls of what is compiled: blocks with consecutive
 # branches and the head, which add up to four updates of either kind; embedding; long skips; sums.
-GRAPHS = {"dit": 20, "uvit": 15, "pixart": 22}
+MOST_GRAPHS = {"dit": 20, "uvit": 15, "pixart": 22}
 
 
 @contextlib.contextmanager
@@ -544,11 +545,11 @@ def replay_compiled(family: str, tolerance: float, dtype: torch.dtype = torch.fl
             eager = Engine(schedule)(batch)
             assert relative(Engine(schedule, COMPILED)(batch), eager) < tolerance
             assert relative(full, eager) > 2 * tolerance
-        assert counters["stats"]["unique_graphs"] <= GRAPHS[family]
+        assert counters["stats"]["unique_graphs"] <= MOST_GRAPHS[family]
         assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("family", GRAPHS)
+@pytest.mark.parametrize("family", MOST_GRAPHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_replay_is_traced_whole_with_few_graphs(family, dtype, traced, monkeypatch):
@@ -596,7 +597,7 @@ def test_what_is_compiled_adds_few_updates_of_few_kinds(family, has_gates, depth
     assert 1 < max(values) <= engine.ARITIES[0]
 
 
-@pytest.mark.parametrize("family", GRAPHS)
+@pytest.mark.parametrize("family", MOST_GRAPHS)
 @torch.no_grad()
 def test_weights_are_folded_into_gates_without_rounding(family):
     """Also into those of half precision, and where a branch has none."""
@@ -624,9 +625,22 @@ def test_weights_are_folded_into_gates_without_rounding(family):
     assert {not lacks for lacks, _ in seen} == has_gates[family]
 
 
+@torch.no_grad()
+def test_reuse_of_whole_blocks_compiles_all_that_is_run(monkeypatch):
+    compiled, costs = set(), measure_costs(tiny("uvit"))
+    monkeypatch.setattr(fusion, "fused", lambda function: compiled.add(function) or function)
+    batch = tiny_trajectories("uvit")
+    for schedule in (delta_dit(5, costs, 2, 1, 2), replace(fora(5, costs, 2), reuses="outputs")):
+        eager = Engine(schedule)(batch)
+        assert not compiled
+        assert torch.equal(Engine(schedule, COMPILED)(batch), eager)
+        assert compiled == {embed, call_block, join, head}
+        compiled.clear()
+
+
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("family", GRAPHS)
+@pytest.mark.parametrize("family", MOST_GRAPHS)
 @torch.no_grad()
 def test_compiled_replay_of_every_family_is_the_same_up_to_rounding(family):
     replay_compiled(family, 1e-5)
