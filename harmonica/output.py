@@ -42,9 +42,24 @@ def check_output(out: Path, report: str) -> None:
         earlier = read_json(out / report)
         if not isinstance(earlier, dict) or "weights_hash" not in earlier:
             raise HarmonicaError(f"--out {out} holds a foreign {report}; pass another folder")
+    _check_writable(out, "folder")
+
+
+def check_new_file(out: Path) -> None:
+    """Refuse a file that is there, or cannot be written, before work begins that it is to hold.
+
+    Raises:
+        HarmonicaError: it names ``--out``.
+    """
+    if out.exists():
+        raise HarmonicaError(f"--out {out} is there already; remove it, or pass another file")
+    _check_writable(out, "file")
+
+
+def _check_writable(out: Path, kind: str) -> None:
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise HarmonicaError(f"--out {out} cannot be written to; pass another folder")
+        raise HarmonicaError(f"--out {out} cannot be written to; pass another {kind}")
 
 
 def make_folder(out: Path) -> None:

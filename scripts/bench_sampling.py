@@ -27,6 +27,7 @@ from harmonica.denoise import Trajectories
 from harmonica.engine import Engine, planned_cache_bytes
 from harmonica.errors import run_command
 from harmonica.options import option, parse, plain
+from harmonica.output import check_new_file
 from harmonica.predictors import LAST, PREDICTORS, Learned, create_predictor
 from harmonica.randomness import Draws
 from harmonica.sample_config import known_from_router
@@ -215,6 +216,8 @@ def _with_predictor(config: BenchConfig, schedule: Schedule, backbone: Backbone)
 @run_command
 def bench() -> None:
     config = parse(BenchConfig, __doc__.split("\n")[0])
+    if config.out is not None:
+        check_new_file(config.out)
     backbone = load_backbone(config, select_device(), random_weights=config.random_weights)
     if config.path is not None:
         schedule = load_schedule(config.path, None, backbone)

@@ -17,6 +17,7 @@ import torch
 from harmonica.denoise import Trajectories
 from harmonica.errors import HarmonicaError, run_command
 from harmonica.options import option, parse, plain
+from harmonica.output import check_new_file
 from harmonica.timing import Timing, machine, peak_process_bytes, print_report, seconds
 from harmonica.training.config import TrainConfig
 from harmonica.training.learner import StepwiseLearner
@@ -42,6 +43,8 @@ def bench() -> None:
             "this times step-wise denoising training; drop --method, --objective and "
             "--freeze-schedule"
         )
+    if config.out is not None:
+        check_new_file(config.out)
     trainer = Trainer(config, random_weights=config.random_weights)
     found = measure(config, trainer.learner)
     print_report(found, plain(config), config.out)

@@ -71,7 +71,7 @@ def test_a_sampling_benchmark_says_how_much_it_did_at_once(sampling, monkeypatch
     arguments = ("--num-sampling-steps", "2", "--num-images", "4")
     whole = run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
     monkeypatch.setattr(Engine, "_run", attempt)
-    halved = run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
+    halved = run(sampling, monkeypatch, tmp_path / "halved.json", *arguments)
     assert (whole["images_at_once"], halved["images_at_once"]) == (4, 2)
     assert whole["rows"] == halved["rows"] == 8
 
@@ -109,6 +109,18 @@ def test_a_sampling_benchmark_names_its_own_flag(sampling, monkeypatch, tmp_path
     with pytest.raises(SystemExit):
         run(sampling, monkeypatch, tmp_path / "out.json", *arguments)
     assert "--target-cur 0.99 is out of reach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["bench_sampling", "bench_training"])
+def test_a_benchmark_refuses_its_report_before_it_measures(script, monkeypatch, tmp_path, capsys):
+    kept = tmp_path / "kept.json"
+    kept.write_text("measured")
+    for out, why in ((kept, "is there already"), (kept / "in.json", "cannot be written to")):
+        with pytest.raises(SystemExit) as ended:
+            run(load(script), monkeypatch, out)
+        said = capsys.readouterr()
+        assert ended.value.code == 2 and f"--out {out} {why}" in said.err and not said.out
+    assert kept.read_text() == "measured" and [*tmp_path.iterdir()] == [kept]
 
 
 def test_a_sampling_benchmark_measures_memory_on_a_gpu(sampling, monkeypatch):
