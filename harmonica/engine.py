@@ -22,15 +22,7 @@ from harmonica.block_reuse import BlockReplay
 from harmonica.denoise import Trajectories, precision_of
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.files import first_line
-from harmonica.fusion import (
-    Update,
-    add_updates,
-    embed,
-    fused_if,
-    head,
-    join,
-    run_branches,
-)
+from harmonica.fusion import Update, add_updates, embed, fused_if, head, join, run_branches
 from harmonica.memory import is_out_of_memory
 from harmonica.predictors import LAST, Predictor
 from harmonica.replay_plan import Add, Compute, Join, plan_replay
@@ -380,8 +372,8 @@ class Engine:
         batch = replace(batch)  # conditioning known from an earlier run would make this one cheaper
         if self.schedule is not None and self.schedule.reuses != "branches":
             replay = BlockReplay(batch, self.schedule, self.how.compiles)
-            return batch.walk(State(batch.x_T), replay.predict).x
-        replay = PlannedReplay(batch, self._recipe_for(batch), self.how)
+        else:
+            replay = PlannedReplay(batch, self._recipe_for(batch), self.how)
         return batch.walk(State(batch.x_T), replay.predict).x
 
     def _recipe_for(self, batch: Trajectories) -> Recipe:

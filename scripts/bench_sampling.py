@@ -80,6 +80,12 @@ class BenchConfig(BackboneConfig):
     def known_from_files(cls, values: dict[str, Any]) -> dict[str, Any]:
         return known_from_router(values)
 
+    def check(self) -> None:
+        """Also: a report that is not there yet and can be written."""
+        super().check()
+        if self.out is not None:
+            check_new_file(self.out)
+
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-accumulates a second of one large matrix product, the best of several."""
@@ -216,8 +222,6 @@ def _with_predictor(config: BenchConfig, schedule: Schedule, backbone: Backbone)
 @run_command
 def bench() -> None:
     config = parse(BenchConfig, __doc__.split("\n")[0])
-    if config.out is not None:
-        check_new_file(config.out)
     backbone = load_backbone(config, select_device(), random_weights=config.random_weights)
     if config.path is not None:
         schedule = load_schedule(config.path, None, backbone)

@@ -34,6 +34,12 @@ class BenchConfig(TrainConfig):
     repeats: int = option(6, "timed trajectories and refreshes after one of each as warm-up", low=1)
     out: Path | None = option(None, "JSON report")
 
+    def check(self) -> None:
+        """Also: a report that is not there yet and can be written."""
+        super().check()
+        if self.out is not None:
+            check_new_file(self.out)
+
 
 @run_command
 def bench() -> None:
@@ -43,8 +49,6 @@ def bench() -> None:
             "this times step-wise denoising training; drop --method, --objective and "
             "--freeze-schedule"
         )
-    if config.out is not None:
-        check_new_file(config.out)
     trainer = Trainer(config, random_weights=config.random_weights)
     found = measure(config, trainer.learner)
     print_report(found, plain(config), config.out)

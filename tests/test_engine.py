@@ -23,14 +23,7 @@ from harmonica.baselines.delta_dit import delta_dit
 from harmonica.baselines.fixed import fora, random_schedule
 from harmonica.budget import Budget
 from harmonica.config import BackboneConfig
-from harmonica.engine import (
-    EAGER,
-    Acceleration,
-    Engine,
-    PlannedReplay,
-    Recipe,
-    planned_cache_bytes,
-)
+from harmonica.engine import EAGER, Acceleration, Engine, PlannedReplay, Recipe, planned_cache_bytes
 from harmonica.errors import HarmonicaError, HarmonicaWarning
 from harmonica.flops import Costs, measure_costs
 from harmonica.fusion import Update, add_updates, embed, head, join, run_branches
